@@ -1,0 +1,105 @@
+"""What people see: messages and progress on stderr, the asked-for table on stdout."""
+
+import contextlib
+import enum
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PLAIN_EVERY_S = 10.0
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Format(enum.StrEnum):
+    table = "table"
+    json = "json"
+    csv = "csv"
+    md = "md"
+    latex = "latex"
+
+
+def quiet() -> bool:
+    """Whether this process is a worker of a sweep, whose parent shows the progress ($BDM_QUIET)."""
+    return bool(os.environ.get("BDM_QUIET"))
+
+
+def say(text: str) -> None:
+    """One line for people, on stderr."""
+    if not quiet():
+        console.print(text, markup=False)
+
+
+def show(frame: "pd.DataFrame", form: Format, title: str = "") -> None:
+    """Print a table on stdout in the asked form. Missing cells are empty (null in JSON)."""
+    if form == Format.json:
+        print(frame.to_json(orient="records", indent=2, double_precision=10, force_ascii=False))
+    elif form == Format.csv:
+        print(frame.to_csv(index=False), end="")
+    elif form == Format.md:
+        print(frame.fillna("").to_markdown(index=False, disable_numparse=True))
+    elif form == Format.latex:
+        print(frame.fillna("").to_latex(index=False, escape=True), end="")
+    else:
+        table = Table(title=title or None, title_justify="left", title_style="bold")
+        for column in frame.columns:
+            numeric = frame[column].map(lambda value: isinstance(value, int | float)).any()
+            table.add_column(str(column), justify="right" if numeric else "left", overflow="fold")
+        for row in frame.itertuples(index=False):
+            table.add_row(*("" if value is None or value != value else str(value) for value in row))
+        Console(highlight=False).print(table)
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int, unit: str = "it", done: int = 0) -> Iterator[Callable[..., None]]:
+    """A progress display for long work: `advance(n, note)` after each piece.
+
+    A bar with rate and time left on a terminal, else a plain line every ten seconds.
+    """
+    start, first = time.monotonic(), done
+
+    def rate() -> str:
+        elapsed = time.monotonic() - start
+        return f"{(done - first) / elapsed:.1f} {unit}/s" if elapsed > 0 and done > first else ""
+
+    if quiet() or not console.is_terminal:
+        printed = time.monotonic()
+
+        def advance(n: int = 1, note: str = "") -> None:
+            nonlocal done, printed
+            done += n
+            if time.monotonic() - printed >= PLAIN_EVERY_S and not quiet():
+                printed = time.monotonic()
+                left = (printed - start) / max(done - first, 1) * (total - done)
+                print(f"{what}: {done}/{total} {unit}, {rate()}, {left:.0f} s left {note}".rstrip(), file=sys.stderr)
+
+        yield advance
+        return
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total, completed=done, rate="", note="")
+
+        def advance(n: int = 1, note: str = "") -> None:
+            nonlocal done
+            done += n
+            bar.update(task, completed=done, rate=rate(), note=note)
+
+        yield advance

@@ -1,0 +1,371 @@
+"""A recipe: everything that can change a result, as TOML, closed and frozen.
+
+`load` reads recipes/**/<name>.toml (or a path), merges it over its parent (`extends`), applies `--set key=value`, and
+checks every key. The `[method]` table is checked by the method it names (methods.build), since a method's fields live
+in the method's own file.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from bdm_cli.errors import BdmError, unknown
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+PLACES = {"data.path", "teacher.path", "first_stage.path", "evaluate.reference"}
+"""Keys that say where an input lies."""
+
+NEUTRAL = PLACES | {"sample.batch", "sample.shard"} | {
+    f"{section}.{key}" for section in ("train", "pretrain") for key in ("log_every", "grid_every", "checkpoint_every")
+}
+"""Keys that do not change what is computed: no part of a recipe's id, and free to change on --resume."""
+
+SHARED_METHOD_KEYS = ("activation_bits", "edge_bits", "attention_matmul")
+"""Fields that every method has (methods/base.py), kept when `--method` or a child recipe changes the method."""
+
+AFTER_TRAINING = {"sample", "evaluate"}
+"""Sections that act after training: one trained run serves all their values."""
+
+
+class Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    """Training images. `path` is looked for below the home directory unless absolute; '' = embedded in the package."""
+
+    dataset: Literal["digits", "cifar10", "bedrooms", "churches", "ffhq", "imagenet"]
+    path: str = ""
+    image_size: Positive
+    channels: Positive
+    flip: bool = False
+    get_it: str = ""
+
+
+class Unet(Section):
+    """A diffusers U-Net by its constructor's arguments (reference: diffusers UNet2DModel, UNet2DConditionModel).
+
+    heads: where the network fixes the number of attention heads rather than their width (LDM-8), that number.
+    n_classes: size of the class embedding, unconditional class included; 0 = unconditional model.
+    """
+
+    name: str
+    kind: Literal["UNet2DModel", "UNet2DConditionModel"] = "UNet2DModel"
+    heads: NonNegative = 0
+    n_classes: NonNegative = 0
+    arguments: dict[str, Any]
+
+
+class FirstStage(Section):
+    """The autoencoder of a latent diffusion model. It is never trained nor quantized."""
+
+    name: Literal["vq-f4", "kl-f8"]
+    path: str
+    get_it: str
+
+
+class Scheduler(Section):
+    """The noise schedule, in diffusers' terms (DDIMScheduler)."""
+
+    beta_schedule: Literal["linear", "scaled_linear"]
+    beta_start: float
+    beta_end: float
+    n_timesteps: Positive = 1000
+    set_alpha_to_one: bool
+    steps_offset: int
+    clip_sample: bool = False
+
+
+class Teacher(Section):
+    """The full-precision model. `path`: 'package:...' lies inside the package, else below the home directory; '' = none,
+    the network is trained from scratch."""
+
+    path: str
+    get_it: str = ""
+
+
+class Training(Section):
+    """Budget and optimizer of one training: AdamW, gradient clipping, warm-up then constant or cosine, EMA.
+
+    ema: decay of the weight average; its first steps use min(ema, (1 + n) / (10 + n)). 0 = no average.
+    loss: of the noise estimate; `sum` adds over pixels and averages over the batch, `mean` averages over both (Eq. 4).
+    threads: CPU threads of torch; 0 leaves torch's default. A fixed number makes a CPU result independent of the cores.
+    """
+
+    steps: NonNegative
+    batch: Positive
+    lr: Annotated[float, Field(gt=0)]
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup: NonNegative = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    ema: Fraction = 0.9999
+    loss: Literal["mse", "mse-sum", "l1"] = "mse"
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    threads: NonNegative = 0
+    log_every: Positive = 10
+    grid_every: NonNegative = 0
+    checkpoint_every: Positive = 1000
+
+
+class Sample(Section):
+    """How images are made. eta: 0 = deterministic DDIM. to_bytes: how [-1, 1] becomes 0..255 (both are in use)."""
+
+    sampler: Literal["ddim"] = "ddim"
+    steps: Positive = 100
+    eta: Fraction = 0.0
+    n_images: Positive = 50_000
+    batch: Positive = 64
+    shard: Positive = 1000
+    to_bytes: Literal["round", "truncate"]
+
+
+class Evaluate(Section):
+    """features: whose features serve the metrics. n_reference: real images for precision and recall; 0 = all.
+
+    reference: an ADM-style npz or a folder of images in place of the training images; '' = the training images.
+    """
+
+    features: Literal["digits", "cifar10", "inception"]
+    metrics: tuple[str, ...] = ("fid", "sfid", "is", "precision", "recall")
+    reference: str = ""
+    n_reference: NonNegative = 10_000
+
+
+class Recipe(Section):
+    """One fully resolved recipe. `overrides` are the keys that differ from the file of that name."""
+
+    name: str
+    summary: str
+    data: Data
+    unet: Unet
+    scheduler: Scheduler
+    first_stage: FirstStage | None = None
+    teacher: Teacher
+    method: dict[str, Any]
+    pretrain: Training
+    train: Training
+    sample: Sample
+    evaluate: Evaluate
+    overrides: dict[str, Any] = {}
+
+    @pydantic.field_validator("method")
+    @classmethod
+    def _has_name(cls, method: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(method.get("name"), str):
+            raise ValueError("needs a name, e.g. name = \"binarydm\"")
+        return method
+
+    def pretraining(self) -> "Recipe":
+        """The recipe that makes this one's teacher: the same network and data from scratch, with the [pretrain] budget."""
+        changes = {"name": f"{self.name}-teacher", "train": self.pretrain, "method": {"name": "fp"}, "teacher": Teacher(path="")}
+        return self.model_copy(update=changes)
+
+    @property
+    def id(self) -> str:
+        """Name and every override that changes results: what records and paper/cells.csv call this recipe."""
+        return self.name + _suffix(self.overrides)
+
+    @property
+    def train_id(self) -> str:
+        """As id, without what acts only after training."""
+        return self.name + _suffix({k: v for k, v in self.overrides.items() if k.split(".")[0] not in AFTER_TRAINING})
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of every value that can change a result: two recipes with one id may differ in their files."""
+        flat = {k: v for k, v in _flatten(self.model_dump(mode="json")).items() if k not in NEUTRAL}
+        told = {k: v for k, v in flat.items() if k.split(".")[0] not in ("name", "summary", "overrides") and not k.endswith("get_it")}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+    def run_id(self, seed: int) -> str:
+        return f"{self.train_id}-s{seed}"
+
+
+def _suffix(overrides: dict[str, Any]) -> str:
+    return "".join(sorted(f"+{key}={_printed(value)}" for key, value in overrides.items()))
+
+
+def _printed(value: Any) -> str:
+    """One spelling per value, fit for a file name: 9e-3 and 0.009 are '0.009', 0.0 is '0'."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.replace("/", "_").replace(" ", "").replace('"', "")
+
+
+def roots() -> list[Path]:
+    """Where recipes lie: beside the package in a checkout, inside it when installed from a wheel."""
+    package = Path(__file__).resolve().parent
+    return [root for root in (package.parent / "recipes", package / "recipes") if root.is_dir()]
+
+
+def names() -> dict[str, Path]:
+    """All known recipes and their files."""
+    return {path.stem: path for root in roots() for path in sorted(root.rglob("*.toml"))}
+
+
+def load(name: str, overrides: Sequence[str] = (), method: str | None = None) -> Recipe:
+    """The recipe called `name` (or at that path), with `--set` overrides, each 'section.key=TOML value'.
+
+    method: the method to use in place of the recipe's own; the recipe `<name>-<method>` if there is one.
+    Raises: BdmError that lists every fault, with its dotted key and the value given.
+    """
+    if method is not None and f"{name}-{method}" in names():
+        name, method = f"{name}-{method}", None
+    table = _read(name)
+    base = _flatten(table)
+    given = dict(_parse(text) for text in overrides)
+    if method is not None and method != base.get("method.name"):
+        table["method"] = _of_method(method, table.get("method", {}))
+        given = {"method.name": method, **given}
+    for key, value in given.items():
+        _assign(table, key, value)
+    changed = {k: v for k, v in given.items() if k not in NEUTRAL and not (k in base and base[k] == v)}
+    return _check({**table, "name": Path(name).stem, "overrides": changed})
+
+
+def from_json(text: str) -> Recipe:
+    """The recipe stored in a checkpoint's header or a run directory."""
+    return Recipe.model_validate_json(text, strict=True)
+
+
+def resolved(spec: Recipe) -> dict[str, Any]:
+    """Every key of a recipe with its value, dotted."""
+    return {k: v for k, v in _flatten(spec.model_dump(mode="json")).items() if not k.startswith("overrides")}
+
+
+def of_run(stored: Recipe, overrides: Sequence[str], like: Recipe | None = None) -> Recipe:
+    """The recipe of a finished run with other [sample] and [evaluate] values: those of `like`, then `overrides`.
+
+    Raises: BdmError if an override concerns what was already fixed by the training.
+    """
+    table = stored.model_dump(mode="json")
+    changed = dict(stored.overrides)
+    if like is not None:
+        table |= {section: like.model_dump(mode="json")[section] for section in AFTER_TRAINING}
+        changed = like.overrides
+    base = _flatten(table)
+    for text in overrides:
+        key, value = _parse(text)
+        if key.split(".")[0] not in AFTER_TRAINING and key not in PLACES:
+            raise BdmError(f"'{key}' was fixed when run was trained.\n  allowed here: sample.*, evaluate.*, data.path")
+        _assign(table, key, value)
+        if key not in NEUTRAL and base.get(key) != value:
+            changed = {**changed, key: value}
+    return _check({**table, "overrides": changed})
+
+
+def difference(a: Recipe, b: Recipe) -> list[str]:
+    """Dotted keys in which two recipes differ, with both values; neutral keys are not compared."""
+    left, right = _flatten(a.model_dump(mode="json")), _flatten(b.model_dump(mode="json"))
+    keys = sorted(k for k in left.keys() | right.keys() if k not in NEUTRAL and left.get(k) != right.get(k))
+    return [f"{key}: {left.get(key)!r} / {right.get(key)!r}" for key in keys if not key.startswith("overrides")]
+
+
+def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The TOML table of a recipe merged over its parents."""
+    known = names()
+    path = Path(name) if name.endswith(".toml") else known.get(name)
+    if path is None:
+        raise unknown("recipe", name, known, "or give the path of a .toml file")
+    if name in children:
+        raise BdmError(f"recipe '{name}' extends itself: {' -> '.join((*children, name))}.\n  remove one 'extends'")
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise BdmError(f"cannot read recipe {path} ({error.strerror}).\n  known: {', '.join(sorted(known))}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BdmError(f"recipe {path} is not valid TOML: {error}") from None
+    parent = table.pop("extends", None)
+    return _merge(_read(parent, (*children, name)), table) if parent is not None else table
+
+
+def _merge(parent: dict, child: dict) -> dict:
+    """child over parent, table by table. A `[method]` of another name replaces the parent's, but for the shared keys."""
+    merged = dict(parent)
+    for key, value in child.items():
+        if key == "method" and "name" in value and value["name"] != parent.get("method", {}).get("name"):
+            merged[key] = _of_method(value["name"], parent.get("method", {})) | value
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _of_method(name: str, other: dict) -> dict:
+    """The `[method]` table of `name` with what it shares with another method's (full precision shares nothing)."""
+    return {"name": name} | {k: v for k, v in other.items() if k in SHARED_METHOD_KEYS and name != "fp"}
+
+
+def _parse(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise BdmError(f"cannot read --set '{text}'.\n  give section.key=value, e.g. --set train.lr=1e-4")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()  # a bare word is a string
+
+
+def _assign(table: dict, dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        inner = table.get(section)
+        table[section] = dict(inner) if isinstance(inner, dict) else {}
+        table = table[section]
+    table[key] = value
+
+
+def _flatten(table: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _check(table: dict[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate_json(json.dumps(table, default=str), strict=True)
+    except pydantic.ValidationError as error:
+        raise faults(f"recipe '{table['name']}'", error, Recipe) from None
+
+
+def faults(what: str, error: pydantic.ValidationError, model: type, prefix: str = "") -> BdmError:
+    """One message for all faults of a closed table: each dotted key, the value given, and what is allowed."""
+    lines = []
+    for fault in error.errors():
+        key = prefix + ".".join(str(part) for part in fault["loc"])
+        if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            known = _known_keys(model, [str(part) for part in fault["loc"][:-1]])
+            near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            lines.append(f"  {key}: unknown key (given {fault['input']!r}).{hint} known: {', '.join(known)}")
+        elif fault["type"] == "missing":
+            lines.append(f"  {key}: is missing")
+        else:
+            lines.append(f"  {key}: {fault['msg'][:1].lower()}{fault['msg'][1:]} (given {fault['input']!r})")
+    count = f"{len(lines)} faults" if len(lines) > 1 else "a fault"
+    return BdmError("\n".join([f"{what} has {count}:", *lines]))
+
+
+def _known_keys(model: type, path: list[str]) -> list[str]:
+    """Field names of the section at `path` below a pydantic model or dataclass."""
+    for part in path:
+        hint = model.model_fields[part].annotation
+        model = next((a for a in getattr(hint, "__args__", ()) if isinstance(a, type) and a is not type(None)), hint)
+    fields = getattr(model, "model_fields", None) or getattr(model, "__pydantic_fields__", {})
+    return sorted(name for name in fields if name != "overrides")

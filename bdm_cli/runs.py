@@ -1,0 +1,194 @@
+"""Every path below runs/ and results/, the claim on a run directory, and files that appear only when whole.
+
+The home directory is $BDM_HOME, else the current directory.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from bdm_cli import recipe
+from bdm_cli.errors import BdmError, unknown
+from bdm_cli.recipe import Recipe
+
+
+def home() -> Path:
+    return Path(os.environ.get("BDM_HOME") or ".")
+
+
+@contextlib.contextmanager
+def home_at(folder: str) -> Iterator[None]:
+    """Another home directory for a while, for work whose output is not kept."""
+    before = os.environ.get("BDM_HOME")
+    os.environ["BDM_HOME"] = folder
+    try:
+        yield
+    finally:
+        os.environ.pop("BDM_HOME")
+        if before is not None:
+            os.environ["BDM_HOME"] = before
+
+
+def runs_dir() -> Path:
+    return home() / "runs"
+
+
+def records_dir() -> Path:
+    return home() / "results" / "records"
+
+
+def tables_dir() -> Path:
+    return home() / "results" / "tables"
+
+
+def run_dir(run_id: str) -> Path:
+    return runs_dir() / run_id
+
+
+def weights(run_id: str) -> Path:
+    """The finished model of a run: EMA weights with the resolved recipe in the header."""
+    return run_dir(run_id) / "weights.safetensors"
+
+
+def checkpoint(run_id: str) -> Path:
+    """The state of a training that is under way."""
+    return run_dir(run_id) / "checkpoint.safetensors"
+
+
+def metrics_log(run_id: str) -> Path:
+    """One JSON line per logged training step."""
+    return run_dir(run_id) / "metrics.jsonl"
+
+
+def recipe_copy(run_id: str) -> Path:
+    """The resolved recipe a run was started with, as JSON."""
+    return run_dir(run_id) / "recipe.json"
+
+
+def samples_npz(spec: Recipe, run_id: str) -> Path:
+    """The images that spec.sample makes of a run; grid.png and the shards under way lie beside it."""
+    s = spec.sample
+    folder = run_dir(run_id) / "samples" / f"{s.sampler}{s.steps}-eta{s.eta:g}-{s.to_bytes}"
+    return folder / f"samples-{s.n_images}.npz"
+
+
+def seed(run_id: str) -> int:
+    """The seed in a run's id."""
+    return int(run_id.rpartition("-s")[2])
+
+
+def cache_dir() -> Path:
+    return runs_dir() / "cache"
+
+
+def existing(run_id: str) -> Path:
+    """The directory of a run that has finished weights. Raises: BdmError naming the finished runs."""
+    if not weights(run_id).exists():
+        known = [p.parent.name for p in runs_dir().glob("*/weights.safetensors")]
+        hint = "train it first: bdm train --recipe ..."
+        if run_dir(run_id).is_dir():
+            hint = f"run '{run_id}' was started and has not finished: bdm train ... --resume"
+        raise unknown("finished run", run_id, known, hint)
+    return run_dir(run_id)
+
+
+def target(
+    run_id: str | None, name: str | None, method: str | None, overrides: Sequence[str], seed: int
+) -> tuple[Recipe, str]:
+    """The recipe and the id of the finished run that --run, or --recipe with --seed, names.
+
+    Raises: BdmError if neither or both are given, or there is no such finished run.
+    """
+    if (run_id is None) == (name is None):
+        raise BdmError("give either --run ID or --recipe NAME (with --seed).\n  e.g. --recipe digits-w1a4 --seed 0")
+    like = None
+    if name is not None:
+        like, overrides = recipe.load(name, overrides, method), ()
+        run_id = like.run_id(seed)
+    existing(run_id)
+    stored = recipe.from_json(recipe_copy(run_id).read_text())
+    return recipe.of_run(stored, overrides, like), run_id
+
+
+@contextlib.contextmanager
+def claim(run_id: str) -> Iterator[Path]:
+    """Hold a run directory for this process alone; the claim ends with the process, however it ends.
+
+    The first process of a distributed training claims it for all.
+    Raises: BdmError if the directory cannot be written or another process holds it.
+    """
+    folder = run_dir(run_id)
+    if os.environ.get("RANK", "0") != "0":
+        yield folder
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "a")  # noqa: SIM115  held open as long as the claim
+    except OSError as error:
+        raise BdmError(
+            f"cannot write the run directory {folder} ({error.strerror}).\n"
+            "  use a directory you may write: run bdm elsewhere, or set BDM_HOME"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BdmError(
+                f"run '{run_id}' is being worked on by another process ({folder}).\n"
+                "  wait for it, stop it, or use another --seed"
+            ) from None
+        yield folder
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, then flush it to disk and give it its final name (atomic on POSIX).
+
+    The temporary name keeps the final suffix, since some writers choose the format by it.
+    Raises: BdmError if the file cannot be written; nothing is left under the final name then.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+        try:
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise BdmError(f"cannot write {path} ({error.strerror or error}).\n  free or choose another place") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def append_line(path: Path, line: dict) -> None:
+    """Append one JSON line in a single write, and flush it to disk."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as file:
+            file.seek(0)
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)  # a line that a kill cut off
+            file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise BdmError(f"cannot write {path} ({error.strerror or error}).\n  free or choose another place") from None
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines append_line wrote; a last line cut off by a kill is left out. [] if there is no file."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    complete = lines[:-1]  # what stands after the last newline was not written whole
+    try:
+        return [json.loads(line) for line in complete if line.strip()]
+    except json.JSONDecodeError as error:
+        raise BdmError(f"{path} holds a line that is not JSON ({error}).\n  mend or remove that line") from None
