@@ -1,0 +1,1 @@
+"""Few-bit arithmetic on tensors and layers. Knows torch, not diffusion."""

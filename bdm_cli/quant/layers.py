@@ -1,0 +1,90 @@
+"""Layers with quantized weights and inputs; the same parameters under the same names as what they replace."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class QuantConv2d(nn.Conv2d):
+    """nn.Conv2d on quantized input and weight; the bias stays real. A None quantizer leaves its tensor as it is.
+
+    y = conv2d(q_a(x), q_w(w)) + b
+    """
+
+    def __init__(self, conv: nn.Conv2d, weight_quantizer: nn.Module | None, activation_quantizer: nn.Module | None):
+        with torch.device("meta"):  # the weights come from `conv`
+            super().__init__(
+                conv.in_channels,
+                conv.out_channels,
+                conv.kernel_size,
+                conv.stride,
+                conv.padding,
+                conv.dilation,
+                conv.groups,
+                conv.bias is not None,
+                conv.padding_mode,
+            )
+        self.weight, self.bias = conv.weight, conv.bias
+        self.weight_quantizer, self.activation_quantizer = weight_quantizer, activation_quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(*_quantized(self, x), self.bias)
+
+
+class QuantLinear(nn.Linear):
+    """nn.Linear on quantized input and weight; otherwise as QuantConv2d. y = q_a(x) q_w(W)^T + b"""
+
+    def __init__(self, linear: nn.Linear, weight_quantizer: nn.Module | None, activation_quantizer: nn.Module | None):
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.weight_quantizer, self.activation_quantizer = weight_quantizer, activation_quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(*_quantized(self, x), self.bias)
+
+
+def _quantized(layer: QuantConv2d | QuantLinear, x: Tensor) -> tuple[Tensor, Tensor]:
+    a = x if layer.activation_quantizer is None else layer.activation_quantizer(x)
+    w = layer.weight if layer.weight_quantizer is None else layer.weight_quantizer(layer.weight)
+    return a, w
+
+
+class QuantAttnProcessor(nn.Module):
+    """Attention whose two products run on quantized operands (BinaryDM's released code; the paper is silent).
+
+    y = q_p(softmax(q_q(Q) q_k(K)^T)) q_v(V), with Q and K each multiplied by d^(-1/4) before their quantizer, d = width
+    of a head; the softmax is in fp32. Takes the place of diffusers' attention processor (`attn.set_processor`).
+
+    Shapes: hidden_states [N, C, H, W] or [N, L, C]; returns the same.
+    """
+
+    def __init__(self, q: nn.Module, k: nn.Module, probabilities: nn.Module, v: nn.Module) -> None:
+        super().__init__()
+        self.q_quantizer, self.k_quantizer = q, k
+        self.probability_quantizer, self.v_quantizer = probabilities, v
+
+    def forward(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        if attention_mask is not None or attn.spatial_norm is not None or attn.norm_q is not None:
+            raise ValueError("QuantAttnProcessor takes no mask, no spatial norm and no query norm")
+        residual, shape = hidden_states, hidden_states.shape
+        x = hidden_states.flatten(2).transpose(1, 2) if len(shape) == 4 else hidden_states
+        if attn.group_norm is not None:
+            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        context = x if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(context)
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))  # [N, heads, L, d]
+        root = attn.scale**0.5
+        scores = self.q_quantizer(q * root) @ self.k_quantizer(k * root).transpose(-1, -2)
+        probabilities = scores.float().softmax(-1).to(v.dtype)
+        y = self.probability_quantizer(probabilities) @ self.v_quantizer(v)
+        y = attn.to_out[1](attn.to_out[0](y.transpose(1, 2).flatten(2)))
+        y = y.transpose(1, 2).reshape(shape) if len(shape) == 4 else y
+        return (y + residual if attn.residual_connection else y) / attn.rescale_output_factor

@@ -1,0 +1,128 @@
+"""Which layer stands where in a U-Net, and swapping layers for quantized ones in place."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from bdm_cli.quant.layers import QuantAttnProcessor, QuantConv2d, QuantLinear
+
+EDGES = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
+"""The layers next to input and output (the four special layers of the released code)."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One timestep block (CompVis's TimestepEmbedSequential): the modules it consists of, the last makes its output."""
+
+    index: int
+    modules: tuple[str, ...]
+
+    @property
+    def output(self) -> str:
+        return self.modules[-1]
+
+
+def timestep_blocks(unet: nn.Module) -> list[Block]:
+    """The papers' unit of counting, in order: conv_in; each (resnet, attention) pair and each downsampler; the mid
+    block; each (resnet, attention, upsampler) group. LDM-4: 12 + 1 + 12 = 25, LDM-8: 31."""
+    groups: list[tuple[str, ...]] = [("conv_in",)]
+    for path, down in _children(unet.down_blocks, "down_blocks"):
+        groups += [tuple(pair) for pair in _pairs(path, down)]
+        groups += [(name,) for name, _ in _children(getattr(down, "downsamplers", None), f"{path}.downsamplers")]
+    groups.append(("mid_block",))
+    for path, up in _children(unet.up_blocks, "up_blocks"):
+        pairs = _pairs(path, up)
+        pairs[-1] += [name for name, _ in _children(getattr(up, "upsamplers", None), f"{path}.upsamplers")]
+        groups += [tuple(pair) for pair in pairs]
+    return [Block(index, modules) for index, modules in enumerate(groups)]
+
+
+def _children(modules: nn.ModuleList | None, path: str) -> list[tuple[str, nn.Module]]:
+    return [(f"{path}.{i}", module) for i, module in enumerate(modules or ())]
+
+
+def _pairs(path: str, block: nn.Module) -> list[list[str]]:
+    pairs = [[name] for name, _ in _children(block.resnets, f"{path}.resnets")]
+    for pair, (name, _) in zip(pairs, _children(getattr(block, "attentions", None), f"{path}.attentions"), strict=False):
+        pair.append(name)
+    return pairs
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a layer stands: its dotted name and its timestep block (None for the time embedding and conv_out)."""
+
+    name: str
+    block: int | None
+    n_blocks: int
+
+    @property
+    def edge(self) -> bool:
+        return self.name in EDGES
+
+    def region(self, scope: int) -> str:
+        """edge, head, tail or body, where head and tail are the first and last `scope` timestep blocks.
+
+        The blocks from both ends up to the mid block can be chosen; the mid block is always body.
+        """
+        if self.edge or self.block is None:
+            return "edge"
+        half = self.n_blocks // 2
+        if self.block < min(scope, half):
+            return "head"
+        return "tail" if self.block >= self.n_blocks - min(scope, half) else "body"
+
+    @property
+    def middle(self) -> bool:
+        return self.block == self.n_blocks // 2
+
+
+def sites(unet: nn.Module) -> list[tuple[Site, nn.Conv2d | nn.Linear]]:
+    """Every Conv2d and Linear of a U-Net with its site, each once, in registration order."""
+    blocks = timestep_blocks(unet)
+    found = []
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            block = next((b.index for b in blocks if any(f"{name}.".startswith(f"{m}.") for m in b.modules)), None)
+            found.append((Site(name, block, len(blocks)), module))
+    return found
+
+
+def swap_layers_(
+    unet: nn.Module, make: Callable[[nn.Conv2d | nn.Linear, Site], tuple[nn.Module | None, nn.Module | None] | None]
+) -> None:
+    """Replace every Conv2d and Linear in place by its quantized subclass.
+
+    make(layer, site) returns (weight quantizer, activation quantizer), or None to leave the layer as it is. A layer
+    that is registered under several names (diffusers' samplers) is replaced under each.
+    """
+    replacement: dict[nn.Module, nn.Module] = {}
+    for site, layer in sites(unet):
+        quantizers = make(layer, site)
+        if quantizers is not None:
+            kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
+            replacement[layer] = kind(layer, *quantizers).train(layer.training)
+    for parent in list(unet.modules()):
+        for name, child in parent._modules.items():
+            if child in replacement:
+                parent._modules[name] = replacement[child]
+
+
+def swap_attention_(unet: nn.Module, make: Callable[[str, Site], nn.Module]) -> None:
+    """Give every attention of the U-Net a QuantAttnProcessor; make(operand, site) returns the quantizer of one operand.
+
+    operand: 'q', 'k', 'probabilities' or 'v'.
+    """
+    of_layer = {site.name: site for site, _ in sites(unet)}
+    for name, module in list(unet.named_modules()):
+        if hasattr(module, "set_processor") and hasattr(module, "to_q"):
+            site = of_layer[f"{name}.to_q"]
+            module.set_processor(QuantAttnProcessor(*(make(part, site) for part in ("q", "k", "probabilities", "v"))))
+
+
+def quantized_layers(unet: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
+    """The swapped layers with their dotted names."""
+    for name, module in unet.named_modules():
+        if isinstance(module, QuantConv2d | QuantLinear):
+            yield name, module
