@@ -1,0 +1,1 @@
+"""Diffusion: networks, data, sampling and losses. The only place that knows diffusers."""

@@ -1,0 +1,103 @@
+"""The noise loss, the taps on a U-Net's timestep blocks, and the distillation losses that methods share."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bdm_cli.quant.swap import Block
+
+
+def noise_loss(estimate: Tensor, noise: Tensor, kind: str) -> Tensor:
+    """L_simple (BinaryDM, Eq. 4): 'mse' is the mean over all axes (CompVis), 'mse-sum' the sum over [C, H, W] and the
+    mean over the batch (ermongroup), 'l1' the mean absolute error (LDM-8 Churches)."""
+    if kind == "mse-sum":
+        return (estimate - noise).square().sum(dim=(1, 2, 3)).mean()
+    return F.l1_loss(estimate, noise) if kind == "l1" else F.mse_loss(estimate, noise)
+
+
+class FeatureTaps:
+    """Collects the outputs of timestep blocks during a forward: `taps.take()` returns them in block order.
+
+    Make it after every deepcopy of the U-Net: a copy's hooks would feed the original's taps.
+    """
+
+    def __init__(self, unet: nn.Module, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+        self.found: dict[int, Tensor] = {}
+        self.hooks = [unet.get_submodule(b.output).register_forward_hook(self._keep(b.index)) for b in blocks]
+
+    def _keep(self, index: int):
+        def hook(module: nn.Module, inputs: tuple, result: object) -> None:
+            self.found[index] = result[0] if isinstance(result, tuple) else getattr(result, "sample", result)
+
+        return hook
+
+    def take(self) -> list[Tensor]:
+        """Features [N, C, H, W] of every tapped block since the last take."""
+        features = [self.found[block.index] for block in self.blocks]
+        self.found = {}
+        return features
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def components(channels: int, k: float) -> int:
+    """round(c / K) of BinaryDM's Sec. 3.3, halves away from zero."""
+    return int(channels / k + 0.5)
+
+
+def principal_basis(feature: Tensor, rank: int) -> Tensor:
+    """The first `rank` eigenvectors of the channels' second-moment matrix (BinaryDM, Eqs. 11-12), [C, rank].
+
+    C = E^T E / (N h w) with the feature's positions as rows and channels as columns. Eq. 11 prints the other order,
+    which would not be c x c as its text says, and no centring. Computed in float64. The sign of each vector is fixed
+    (its largest entry is positive); the loss does not depend on it.
+
+    Shapes: feature [N, C, H, W].
+    """
+    rows = feature.detach().permute(0, 2, 3, 1).flatten(0, 2).double()
+    _, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))  # ascending
+    basis = vectors.flip(-1)[:, :rank]
+    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+    return (basis * largest.sign()).float()
+
+
+class LowRankMimicking(nn.Module):
+    """L_LRM (BinaryDM, Eqs. 13-15): mean over blocks of the MSE between teacher and student in the teacher's subspace.
+
+    L_i = mean((F_fp E_i - F_bi E_i)^2), with E_i the block's principal basis. Eq. 14 prints an unsquared norm and calls
+    it a mean squared error, which is taken here.
+
+    State: basis_<i> (buffers) [C_i, round(C_i / K)], zeros until fit_.
+    Raises: ValueError if round(C_i / K) is 0 for a block.
+    """
+
+    def __init__(self, channels: Sequence[int], k: float) -> None:
+        super().__init__()
+        for index, c in enumerate(channels):
+            if components(c, k) < 1:
+                raise ValueError(f"K = {k} leaves no component of the {c} channels of block {index}")
+            self.register_buffer(f"basis_{index}", torch.zeros(c, components(c, k)))
+
+    @torch.no_grad()
+    def fit_(self, features_fp: Sequence[Tensor]) -> None:
+        """Set the bases from the teacher's features of one batch."""
+        for index, feature in enumerate(features_fp):
+            basis = getattr(self, f"basis_{index}")
+            basis.copy_(principal_basis(feature, basis.shape[1]))
+
+    def forward(self, features_fp: Sequence[Tensor], features_bi: Sequence[Tensor]) -> Tensor:
+        losses = []
+        for index, (fp, bi) in enumerate(zip(features_fp, features_bi, strict=True)):
+            difference = (fp - bi).permute(0, 2, 3, 1)  # the projection is linear: project the difference
+            losses.append((difference @ getattr(self, f"basis_{index}")).square().mean())
+        return torch.stack(losses).mean()
+
+
+def mimicking_mse(features_fp: Sequence[Tensor], features_bi: Sequence[Tensor]) -> Tensor:
+    """L_MSE of Tables 13-14: as L_LRM without projection."""
+    return torch.stack([F.mse_loss(bi, fp) for fp, bi in zip(features_fp, features_bi, strict=True)]).mean()
