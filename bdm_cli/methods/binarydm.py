@@ -1,0 +1,153 @@
+"""BinaryDM (arXiv:2404.05662): the Evolvable-Basis Binarizer and Low-rank Representation Mimicking."""
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import pydantic
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from bdm_cli.diffusion.losses import FeatureTaps, LowRankMimicking, mimicking_mse
+from bdm_cli.errors import BdmError
+from bdm_cli.methods.base import Forward, Layer, Method
+from bdm_cli.quant.quantizers import Quantizer, SignWeight, per_channel
+from bdm_cli.quant.ste import sign_ste
+from bdm_cli.quant.swap import Block, Site, quantized_layers, timestep_blocks
+
+
+class EbbWeight(Quantizer):
+    """Stage 1 of the Evolvable-Basis Binarizer: two binary bases with learned scales (Sec. 3.2, Eq. 5).
+
+    q(w) = sI * sgn(w) + sII * sgn(r),  r = w - sI * sgn(w).
+    Gradients are autograd's through the clipped STE, which is not Eq. 7 (that misprints the second case, Sec. 2.6 of
+    our fidelity notes), with 1w = 1[|w| <= 1], 1r = 1[|r| <= 1]:
+        dq/dsI = sgn(w) (1 - sII 1r);  dq/dsII = sgn(r);  dq/dw = sI 1w + sII 1r (1 - sI 1w).
+    sI starts at mean|w|, sII at mean|r|, per output channel (l1, as in SignWeight).
+    Stage 2 (Eq. 10) is a SignWeight with this sigma: see `evolved`.
+
+    Shapes: w [C_out, ...]; sigma, sigma_2 [C_out, 1, ...].
+    State: sigma, sigma_2 (parameters).
+    """
+
+    bits = 2
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        weight = weight.detach()
+        self.sigma = nn.Parameter(per_channel(weight.abs()))
+        residual = weight - self.sigma.detach() * torch.where(weight >= 0, 1.0, -1.0)
+        self.sigma_2 = nn.Parameter(per_channel(residual.abs()))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        first = self.sigma * sign_ste(weight)
+        return first + self.sigma_2 * sign_ste(weight - first)
+
+    def evolved(self) -> SignWeight:
+        """Stage 2: the same sigma (the same parameter, so its optimizer state goes on) without the second basis."""
+        single = SignWeight(self.sigma)
+        single.sigma = self.sigma
+        return single
+
+
+@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True))
+class Ebb(Method):
+    """The baseline with EBB on the head and tail blocks (row '+EBB').
+
+    ebb_scope: EBB is on the first and the last `ebb_scope` timestep blocks (Sec. 3.2: six, where the feature map's side
+        is at least half the input's).
+    ebb_center: also on the mid block (Table 9, last row).
+    tau: weight of L_EBB (Eq. 9).
+    transition: when the second basis is dropped: a training iteration, or below 1 a fraction of the training
+        (paper: iteration 100,000 of about 200,000). 0 = single basis from the start.
+    """
+
+    ebb_scope: Annotated[int, Field(ge=0)] = 6
+    ebb_center: bool = False
+    tau: Annotated[float, Field(ge=0)] = 9e-2
+    transition: Annotated[float, Field(ge=0)] = 0.5
+
+    def check(self, steps: int) -> list[str]:
+        if self.transition >= 1 and not self.transition.is_integer():
+            return [f"transition: is an iteration or a fraction below 1 (given {self.transition})"]
+        if self.transition > max(steps, 1):
+            return [
+                f"transition: comes after the last training step (given {self.transition:.0f}, train.steps = {steps}).\n"
+                f"    give an iteration up to {steps} or a fraction below 1, e.g. 0.5"
+            ]
+        return []
+
+    def transition_step(self, steps: int) -> int:
+        return int(self.transition * steps if self.transition < 1 else self.transition)
+
+    def weight_quantizer(self, layer: Layer, site: Site) -> Quantizer:
+        chosen = site.region(self.ebb_scope) in ("head", "tail") or (self.ebb_center and site.middle)
+        return EbbWeight(layer.weight) if chosen else super().weight_quantizer(layer, site)
+
+    def losses(self, forward: Forward) -> dict[str, Tensor]:
+        """L_EBB = tau / N * sum_i mean_c(sII_i) over the N layers that have a second basis (Eq. 9).
+
+        The text leaves open how a per-channel sII is reduced and whether N counts all layers: the channel mean and the
+        EBB layers are taken. As printed there is no absolute value.
+        """
+        bases = [layer.weight_quantizer for _, layer in quantized_layers(forward.student)]
+        second = [basis.sigma_2.mean() for basis in bases if isinstance(basis, EbbWeight)]
+        return {"ebb": self.tau * torch.stack(second).mean()} if second else {}
+
+    def on_step_(self, student: nn.Module, step: int, steps: int) -> None:
+        if step < self.transition_step(steps):
+            return
+        for _, layer in quantized_layers(student):
+            if isinstance(layer.weight_quantizer, EbbWeight):
+                layer.weight_quantizer = layer.weight_quantizer.evolved()
+
+
+@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True))
+class BinaryDM(Ebb):
+    """EBB and LRM: L = L_simple + L_EBB + lambda * mean_i L_LRM,i (Sec. 3.3, Eq. 15).
+
+    lrm_k: K, the reduction of a block's channels c to round(c / K) components.
+    lrm_lambda: lambda. It is relative to the scale of the teacher's features, so it does not carry over between networks.
+    lrm_update: recompute the projection from the current batch every so many steps; 0 = never, as in the paper.
+    distillation: 'lrm', or 'mse' for the ablation without projection (Tables 13-14).
+    """
+
+    lrm_k: Annotated[float, Field(ge=1)] = 4
+    lrm_lambda: Annotated[float, Field(ge=0)] = 1e-4
+    lrm_update: Annotated[int, Field(ge=0)] = 0
+    distillation: Literal["lrm", "mse"] = "lrm"
+
+    def taps(self, unet: nn.Module) -> list[Block]:
+        return timestep_blocks(unet)
+
+    @torch.no_grad()
+    def calibrate_(self, student: nn.Module, teacher: nn.Module, batches: Iterable[tuple]) -> None:
+        batch = next(iter(batches))
+        super().calibrate_(student, teacher, [batch])
+        if self.distillation == "lrm":
+            features = features_of(teacher, self.taps(teacher), batch)
+            try:
+                self.state.projection = LowRankMimicking([f.shape[1] for f in features], self.lrm_k)
+            except ValueError as error:
+                widest = max(f.shape[1] for f in features)
+                raise BdmError(f"method.lrm_k: {error}.\n  give a K well below the channels (at most {widest})") from None
+            self.state.projection.to(features[0].device).fit_(features)
+
+    def losses(self, forward: Forward) -> dict[str, Tensor]:
+        if self.distillation == "mse":
+            mimicking = mimicking_mse(forward.features_fp, forward.features_bi)
+        else:
+            if self.lrm_update and forward.step and forward.step % self.lrm_update == 0:
+                self.state.projection.fit_(forward.features_fp)
+            mimicking = self.state.projection(forward.features_fp, forward.features_bi)
+        return {**super().losses(forward), self.distillation: self.lrm_lambda * mimicking}
+
+
+def features_of(unet: nn.Module, blocks: list[Block], batch: tuple) -> list[Tensor]:
+    """The outputs of these blocks in one forward."""
+    taps = FeatureTaps(unet, blocks)
+    try:
+        unet(*batch)
+        return taps.take()
+    finally:
+        taps.remove()

@@ -1,0 +1,75 @@
+"""Building teacher and student from a recipe, and students on disk."""
+
+import copy
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from bdm_cli import methods, recipe, records, runs, tensorfile
+from bdm_cli.diffusion.models import build_unet, load_strictly, load_teacher
+from bdm_cli.errors import BdmError
+from bdm_cli.methods.base import Method
+from bdm_cli.recipe import Recipe
+
+
+class Built(NamedTuple):
+    teacher: nn.Module | None
+    student: nn.Module
+    method: Method
+
+
+def build(spec: Recipe, seed: int, random_teacher: bool = False) -> Built:
+    """Teacher, student (its quantized copy) and method of a recipe.
+
+    A recipe without a teacher trains the full-precision network from scratch, initialised by `seed`.
+    random_teacher: random weights in place of the teacher's, for rehearsals.
+    Raises: BdmError if the method's fields or the teacher's file are at fault.
+    """
+    method = methods.build(spec)
+    torch.manual_seed(seed)
+    if spec.teacher.path:
+        teacher = build_unet(spec.unet).eval().requires_grad_(False) if random_teacher else load_teacher(spec)
+        student = copy.deepcopy(teacher).requires_grad_(True)
+    else:
+        teacher = None
+        student = build_unet(spec.unet)
+    method.quantize_(student)
+    method.on_step_(student, 0, spec.train.steps)
+    return Built(teacher, student.train(), method)
+
+
+def save(path: Path, student: nn.Module, spec: Recipe, seed: int, step: int) -> None:
+    """Write the weights with the resolved recipe in the header."""
+    header = {"recipe": spec.model_dump_json(), "seed": str(seed), "step": str(step)}
+    tensorfile.write(path, student.state_dict(), header | {"commit": records.provenance()["commit"]})
+
+
+class Loaded(NamedTuple):
+    student: nn.Module
+    recipe: Recipe
+    seed: int
+    step: int
+
+
+def load(path: Path) -> Loaded:
+    """Rebuild a student from its file alone, strictly, frozen and in eval mode.
+
+    Raises: BdmError if the file is missing, damaged or not a student's.
+    """
+    tensors, header = tensorfile.read(path)
+    if "recipe" not in header or "step" not in header:
+        raise BdmError(f"{path} is not a model that bdm wrote (no recipe in its header).\n  give a file of `bdm train`")
+    spec, step = recipe.from_json(header["recipe"]), int(header["step"])
+    method, student = methods.build(spec), build_unet(spec.unet)
+    method.quantize_(student)
+    method.on_step_(student, step, spec.train.steps)
+    load_strictly(student, tensors, path)
+    return Loaded(student.eval().requires_grad_(False), spec, int(header["seed"]), step)
+
+
+def load_run(run_id: str) -> Loaded:
+    """The finished student of a run. Raises: BdmError if there is none."""
+    runs.existing(run_id)
+    return load(runs.weights(run_id))
