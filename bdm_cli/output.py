@@ -2,6 +2,7 @@
 
 import contextlib
 import enum
+import json
 import os
 import sys
 import time
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PLAIN_EVERY_S = 10.0
+SHORT_CELL = 24
+"""Cells up to so many characters are never broken over lines."""
+FILE_WIDTH = 200
+"""Width of a table that does not go to a terminal."""
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -42,7 +47,8 @@ def say(text: str) -> None:
 def show(frame: "pd.DataFrame", form: Format, title: str = "") -> None:
     """Print a table on stdout in the asked form. Missing cells are empty (null in JSON)."""
     if form == Format.json:
-        print(frame.to_json(orient="records", indent=2, double_precision=10, force_ascii=False))
+        rows = json.loads(frame.to_json(orient="records", double_precision=10))
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
     elif form == Format.csv:
         print(frame.to_csv(index=False), end="")
     elif form == Format.md:
@@ -53,10 +59,11 @@ def show(frame: "pd.DataFrame", form: Format, title: str = "") -> None:
         table = Table(title=title or None, title_justify="left", title_style="bold")
         for column in frame.columns:
             numeric = frame[column].map(lambda value: isinstance(value, int | float)).any()
-            table.add_column(str(column), justify="right" if numeric else "left", overflow="fold")
+            short = frame[column].map(lambda value: len(str(value)) <= SHORT_CELL).all()
+            table.add_column(str(column), justify="right" if numeric else "left", overflow="fold", no_wrap=bool(short))
         for row in frame.itertuples(index=False):
             table.add_row(*("" if value is None or value != value else str(value) for value in row))
-        Console(highlight=False).print(table)
+        Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH).print(table)
 
 
 @contextlib.contextmanager
@@ -79,8 +86,9 @@ def progress(what: str, total: int, unit: str = "it", done: int = 0) -> Iterator
             done += n
             if time.monotonic() - printed >= PLAIN_EVERY_S and not quiet():
                 printed = time.monotonic()
-                left = (printed - start) / max(done - first, 1) * (total - done)
-                print(f"{what}: {done}/{total} {unit}, {rate()}, {left:.0f} s left {note}".rstrip(), file=sys.stderr)
+                left = (printed - start) / (done - first) * (total - done) if done > first else None
+                pace = f"{rate()}, {left:.0f} s left" if left is not None else "starting"
+                print(f"{what}: {done}/{total} {unit}, {pace}, {note}".rstrip(", "), file=sys.stderr)
 
         yield advance
         return

@@ -25,9 +25,15 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PLACES = {"data.path", "teacher.path", "first_stage.path", "evaluate.reference"}
 """Keys that say where an input lies."""
 
-NEUTRAL = PLACES | {"sample.batch", "sample.shard"} | {
-    f"{section}.{key}" for section in ("train", "pretrain") for key in ("log_every", "grid_every", "checkpoint_every")
-}
+NEUTRAL = (
+    PLACES
+    | {"sample.batch", "sample.shard"}
+    | {
+        f"{section}.{key}"
+        for section in ("train", "pretrain")
+        for key in ("log_every", "grid_every", "checkpoint_every")
+    }
+)
 """Keys that do not change what is computed: no part of a recipe's id, and free to change on --resume."""
 
 SHARED_METHOD_KEYS = ("activation_bits", "edge_bits", "attention_matmul")
@@ -165,12 +171,17 @@ class Recipe(Section):
     @classmethod
     def _has_name(cls, method: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(method.get("name"), str):
-            raise ValueError("needs a name, e.g. name = \"binarydm\"")
+            raise ValueError('needs a name, e.g. name = "binarydm"')
         return method
 
     def pretraining(self) -> "Recipe":
         """The recipe that makes this one's teacher: the same network and data from scratch, with the [pretrain] budget."""
-        changes = {"name": f"{self.name}-teacher", "train": self.pretrain, "method": {"name": "fp"}, "teacher": Teacher(path="")}
+        changes = {
+            "name": f"{self.name}-teacher",
+            "train": self.pretrain,
+            "method": {"name": "fp"},
+            "teacher": Teacher(path=""),
+        }
         return self.model_copy(update=changes)
 
     @property
@@ -187,7 +198,11 @@ class Recipe(Section):
     def digest(self) -> str:
         """Fingerprint of every value that can change a result: two recipes with one id may differ in their files."""
         flat = {k: v for k, v in _flatten(self.model_dump(mode="json")).items() if k not in NEUTRAL}
-        told = {k: v for k, v in flat.items() if k.split(".")[0] not in ("name", "summary", "overrides") and not k.endswith("get_it")}
+        told = {
+            k: v
+            for k, v in flat.items()
+            if k.split(".")[0] not in ("name", "summary", "overrides") and not k.endswith("get_it")
+        }
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
     def run_id(self, seed: int) -> str:
@@ -200,7 +215,7 @@ def _suffix(overrides: dict[str, Any]) -> str:
 
 def _printed(value: Any) -> str:
     """One spelling per value, fit for a file name: 9e-3 and 0.009 are '0.009', 0.0 is '0'."""
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         value = int(value)
     text = value if isinstance(value, str) else json.dumps(value)
     return text.replace("/", "_").replace(" ", "").replace('"', "")

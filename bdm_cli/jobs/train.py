@@ -1,0 +1,419 @@
+"""`bdm train` and `bdm pretrain`: batches -> noise -> student and teacher -> losses -> optimizer, surviving any kill."""
+
+import importlib.util
+import itertools
+import json
+import math
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from bdm_cli import inputs, output, recipe, records, runs, student, tensorfile
+from bdm_cli.diffusion import data, losses, sampling
+from bdm_cli.diffusion.models import estimate_noise, load_strictly, noise_scheduler
+from bdm_cli.errors import BdmError
+from bdm_cli.methods.base import Forward, Method
+from bdm_cli.recipe import Recipe, Training
+from bdm_cli.student import Built
+
+GRID_IMAGES = 16
+LOSS_STEPS = tuple(10**i for i in range(1, 7))
+"""Training steps whose loss becomes a record (Tables 8, 9, 13)."""
+
+
+class Batch(NamedTuple):
+    """One training batch. inputs: x_t [N, C, H, W], t int64 [N] (and a context [N, L, D]); noise [N, C, H, W]."""
+
+    inputs: tuple[Tensor, ...]
+    noise: Tensor
+
+
+Batches = Callable[[int], Batch]
+"""The batch of any training step, a pure function of the step: nothing to save, nothing to skip on resume."""
+
+
+def run(spec: Recipe, seed: int = 0, resume: bool = False) -> Path:
+    """Train a recipe's student to the end of its budget; returns the file with its (EMA) weights.
+
+    Raises: BdmError for missing inputs, a run that exists (unless resume), a changed recipe, a loss that is not finite.
+    """
+    inputs.require(spec)
+    if spec.first_stage is not None:
+        raise BdmError("this version trains latent models only with --rehearse.\n  it trains: digits-*, cifar10-*")
+    run_id = spec.run_id(seed)
+    with runs.claim(run_id):
+        if not _unfinished(spec, run_id, resume):
+            output.say(f"{run_id} is finished already: {runs.weights(run_id)}")
+            return runs.weights(run_id)
+        _set_threads(spec.train)
+        built = student.build(spec, seed)
+        runs.write_text(runs.recipe_copy(run_id), spec.model_dump_json(indent=2))
+        return _train(spec, seed, run_id, built, image_batches(spec, seed)).weights
+
+
+def rehearse(spec: Recipe, steps: int) -> pd.DataFrame:
+    """Some steps of the real network in the real loop, with random weights on random latents; nothing is kept.
+
+    One row: parameters, batch, median seconds per step, peak memory, and the hours of the recipe's steps at that pace.
+    """
+    short = {"steps": steps, "checkpoint_every": max(steps, 1), "grid_every": 0, "log_every": 1}
+    trial = spec.model_copy(update={"train": spec.train.model_copy(update=short)})
+    _set_threads(spec.train)
+    with tempfile.TemporaryDirectory() as folder, runs.home_at(folder):
+        run_id = f"rehearsal-{spec.name}"
+        with runs.claim(run_id):
+            built = student.build(trial, seed=0, random_teacher=True)
+            done = _train(trial, 0, run_id, built, random_batches(trial), keep=False)
+    step_s = float(np.median(done.step_s))
+    row = {
+        "Network": spec.unet.name,
+        "Parameters (M)": round(sum(p.numel() for p in built.teacher.parameters()) / 1e6, 2),
+        "Batch": spec.train.batch,
+        "Steps": steps,
+        "Step (s)": round(step_s, 3),
+        "Peak memory (GiB)": round(done.peak_gib, 2),
+        f"{spec.train.steps:,} steps (h)": round(step_s * spec.train.steps / 3600, 1),
+    }
+    return pd.DataFrame([row])
+
+
+def image_batches(spec: Recipe, seed: int) -> Batches:
+    """Noisy training images. Each process of a distributed training takes its part of the batch."""
+    images = data.training_images(spec)
+    scheduler = noise_scheduler(spec.scheduler)
+
+    def batch(step: int) -> Batch:
+        rank, world = _rank()
+        indices = data.batch_indices(len(images), spec.train.batch * world, step, seed)
+        x = data.to_float(images[indices[rank::world]])
+        random = torch.Generator().manual_seed(_step_seed(seed, step, rank))
+        if spec.data.flip:
+            flipped = torch.rand(len(x), generator=random) < 0.5
+            x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
+        t = torch.randint(spec.scheduler.n_timesteps, (len(x),), generator=random)
+        noise = torch.randn(x.shape, generator=random)
+        return Batch((scheduler.add_noise(x, noise, t), t), noise)
+
+    return batch
+
+
+def random_batches(spec: Recipe) -> Batches:
+    """Random latents of the network's input shape, for rehearsals."""
+    arguments = spec.unet.arguments
+    shape = (spec.train.batch, arguments["in_channels"], arguments["sample_size"], arguments["sample_size"])
+
+    def batch(step: int) -> Batch:
+        random = torch.Generator().manual_seed(step)
+        x, noise = torch.randn(shape, generator=random), torch.randn(shape, generator=random)
+        t = torch.randint(spec.scheduler.n_timesteps, shape[:1], generator=random)
+        if spec.unet.kind == "UNet2DConditionModel":
+            context = torch.randn(shape[0], 1, arguments["cross_attention_dim"], generator=random)
+            return Batch((x, t, context), noise)
+        return Batch((x, t), noise)
+
+    return batch
+
+
+class Done(NamedTuple):
+    weights: Path
+    step_s: list[float]
+    peak_gib: float
+
+
+def _train(spec: Recipe, seed: int, run_id: str, built: Built, batches: Batches, keep: bool = True) -> Done:
+    """The loop. keep: whether the run leaves weights and records (a rehearsal does not)."""
+    t = spec.train
+    trackers = "tensorboard" if keep and importlib.util.find_spec("tensorboard") else None
+    accelerator = Accelerator(
+        mixed_precision=t.precision,
+        log_with=trackers,
+        project_dir=runs.run_dir(run_id),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    device, main = accelerator.device, accelerator.is_main_process
+    teacher, bare, method = built
+    bare.to(device)
+    if teacher is not None:
+        teacher.to(device)
+        output.say(f"{run_id}: calibrating on the first batch")
+        method.calibrate_(bare, teacher, (_to(batches(step), device).inputs for step in itertools.count()))
+    average = AveragedModel(bare, multi_avg_fn=_averaging(t.ema)) if t.ema and t.steps else None
+    state = State(run_id, bare, average, method)
+    done, wall_s, optimizer_state = state.restore(t.steps)
+
+    named = method.trainable(bare)
+    optimizer = torch.optim.AdamW([p for _, p in named], lr=t.lr, weight_decay=t.weight_decay, betas=(t.beta1, t.beta2))
+    _restore_optimizer(optimizer, [name for name, _ in named], optimizer_state)
+    model, optimizer = accelerator.prepare(bare, optimizer)
+    blocks = method.taps(bare) if teacher is not None else []
+    taps_bi = losses.FeatureTaps(bare, blocks)
+    taps_fp = losses.FeatureTaps(teacher, blocks) if blocks else None
+    log = Log(run_id, t.log_every, accelerator, done, wall_s)
+    accelerator.init_trackers("tensorboard")
+
+    with StopSignal() as stop, output.progress(f"training {run_id}", t.steps, "steps", done) as advance:
+        for step in range(done, t.steps):
+            (x, times, *context), noise = _to(batches(step), device)
+            torch.manual_seed(_step_seed(seed, step, accelerator.process_index))  # dropout
+            with accelerator.autocast():
+                if taps_fp is not None:
+                    with torch.no_grad():
+                        estimate_noise(teacher, x, times, *context)
+                estimate = estimate_noise(model, x, times, *context)
+            features = [taps.take() if taps else [] for taps in (taps_fp, taps_bi if blocks else None)]
+            parts = {"simple": losses.noise_loss(estimate.float(), noise, t.loss)}
+            parts |= method.losses(Forward(bare, step, *([f.float() for f in part] for part in features)))
+            loss = torch.stack(list(parts.values())).sum()
+            if not math.isfinite(loss.item()):
+                raise BdmError(
+                    f"{run_id}: the loss is {loss.item()} at step {step + 1}; the last checkpoint is kept.\n"
+                    "  lower train.lr or use train.precision=no, in a run of its own (--set or --seed)"
+                )
+            lr = t.lr * _lr_factor(t, step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            if t.grad_clip:
+                accelerator.clip_grad_norm_(model.parameters(), t.grad_clip)
+            optimizer.step()
+            done = step + 1
+            if average is not None:
+                average.update_parameters(bare)
+                method.on_step_(average.module, done, t.steps)
+            method.on_step_(bare, done, t.steps)
+            log(done, {name: part.item() for name, part in parts.items()}, lr)
+            advance(1, f"loss {parts['simple'].item():.4f}")
+            if main and t.grid_every and done % t.grid_every == 0:
+                _write_grid(average.module if average is not None else bare, spec, run_id, done)
+            last = done == t.steps
+            if main and not last and (done % t.checkpoint_every == 0 or stop.signal):
+                state.save(optimizer, done, log.wall_s)
+            if stop.signal and not last:
+                output.say(f"{run_id}: stopped at step {done}; go on with --resume")
+                raise SystemExit(128 + stop.signal)
+
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if main and keep:
+        log.records(spec, seed, str(device))
+        final = average.module if average is not None else bare
+        student.save(runs.weights(run_id), final, spec, seed, t.steps)
+        runs.checkpoint(run_id).unlink(missing_ok=True)
+        output.say(f"{run_id}: {t.steps} steps, weights in {runs.weights(run_id)}")
+    return Done(runs.weights(run_id), log.step_s, _peak_gib(device))
+
+
+class State:
+    """What a training needs to go on as if it had not stopped: weights, average, method, optimizer, step, time."""
+
+    def __init__(self, run_id: str, bare: nn.Module, average: AveragedModel | None, method: Method) -> None:
+        self.path = runs.checkpoint(run_id)
+        self.modules = {"student": bare, "method": method.state} | ({"average": average} if average is not None else {})
+        self.method = method
+
+    def save(self, optimizer: torch.optim.Optimizer, done: int, wall_s: float) -> None:
+        tensors = {f"{part}.{k}": v for part, module in self.modules.items() for k, v in module.state_dict().items()}
+        names = [name for name, _ in self.method.trainable(self.modules["student"])]
+        parameters = dict(self.modules["student"].named_parameters())
+        for name in names:
+            for key, value in optimizer.state.get(parameters[name], {}).items():
+                tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+        tensorfile.write(self.path, tensors, {"step": str(done), "wall_s": str(wall_s)})
+
+    def restore(self, steps: int) -> tuple[int, float, dict[str, Tensor]]:
+        """Load the last checkpoint if there is one. Returns steps done, seconds used, the optimizer's tensors by name."""
+        if not self.path.exists():
+            return 0, 0.0, {}
+        tensors, header = tensorfile.read(self.path)
+        done = int(header["step"])
+        for part, module in self.modules.items():
+            if part != "method":
+                self.method.on_step_(module.module if part == "average" else module, done, steps)
+            own = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
+            load_strictly(module, own, self.path)
+        optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+        return done, float(header["wall_s"]), optimizer
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
+    """Give each named parameter its saved state; a parameter that had none yet has none now."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for index, name in enumerate(names):
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
+        if keys:
+            state[index] = {key: tensors[f"{name}.{key}"] for key in keys}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class Log:
+    """Loss lines in metrics.jsonl (means since the last line) and in the tracker; step times; the loss records."""
+
+    def __init__(self, run_id: str, every: int, accelerator: Accelerator, done: int, wall_s: float) -> None:
+        self.run_id, self.every, self.accelerator = run_id, every, accelerator
+        self.start = self.last = time.monotonic()
+        self.before_s = wall_s
+        self.step_s: list[float] = []
+        self.pending: list[dict[str, float]] = []
+        if accelerator.is_main_process:  # lines after the checkpoint will be written again
+            lines = [json.dumps(line) + "\n" for line in runs.read_lines(self.path) if line["step"] <= done]
+            runs.write_text(self.path, "".join(lines))
+
+    @property
+    def path(self) -> Path:
+        return runs.metrics_log(self.run_id)
+
+    @property
+    def wall_s(self) -> float:
+        return self.before_s + time.monotonic() - self.start
+
+    def __call__(self, done: int, parts: dict[str, float], lr: float) -> None:
+        now = time.monotonic()
+        self.step_s.append(now - self.last)
+        self.last = now
+        self.pending.append({"loss": sum(parts.values())} | {f"loss_{name}": value for name, value in parts.items()})
+        if done % self.every == 0 and self.accelerator.is_main_process:
+            means = {k: float(np.mean([p[k] for p in self.pending if k in p])) for k in self.pending[-1]}
+            runs.append_line(self.path, {"step": done, **means, "lr": lr, "wall_s": round(self.wall_s, 3)})
+            self.accelerator.log(means | {"lr": lr}, step=done)
+            self.pending = []
+
+    def records(self, spec: Recipe, seed: int, device: str) -> None:
+        """One record per step in LOSS_STEPS: the mean of the logged losses over the last tenth of the steps up to it."""
+        lines = runs.read_lines(self.path)
+        for target in (n for n in LOSS_STEPS if n <= spec.train.steps):
+            near = [line for line in lines if 0.9 * target < line["step"] <= target]
+            if near:
+                value = float(np.mean([line["loss_simple"] for line in near]))
+                measured = {
+                    "metric": f"loss_simple@{target}",
+                    "value": value,
+                    "steps": target,
+                    "wall_s": near[-1]["wall_s"],
+                }
+                about = {"recipe": spec.train_id, "digest": spec.digest, "seed": seed, "device": device}
+                records.append(records.make(run=self.run_id, **about, **measured))
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop after the current step; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def _unfinished(spec: Recipe, run_id: str, resume: bool) -> bool:
+    """Whether there is anything left to train, after checking that this recipe may go on in the directory."""
+    stored = runs.recipe_copy(run_id)
+    if not stored.exists():
+        return True
+    if not resume:
+        state = "finished" if runs.weights(run_id).exists() else "not finished"
+        raise BdmError(
+            f"run '{run_id}' exists ({state}).\n"
+            f"  go on with --resume, use another --seed, or remove {runs.run_dir(run_id)}"
+        )
+    changed = recipe.difference(recipe.from_json(stored.read_text()), spec)
+    changed = [line for line in changed if line.split(".")[0] not in recipe.AFTER_TRAINING]
+    if changed:
+        text = "\n".join(f"  {line}" for line in changed)
+        raise BdmError(
+            f"run '{run_id}' was started with another recipe (then / now):\n{text}\n"
+            "  use the values it was started with, or another --seed"
+        )
+    return not runs.weights(run_id).exists()
+
+
+def _write_grid(unet: nn.Module, spec: Recipe, run_id: str, done: int) -> None:
+    """A few images of the student under training, the same noise each time."""
+    training = unet.training
+    shape = (spec.unet.arguments["in_channels"], *[spec.unet.arguments["sample_size"]] * 2)
+    s = spec.sample
+    pictures = sampling.images(
+        unet.eval(),
+        noise_scheduler(spec.scheduler),
+        range(GRID_IMAGES),
+        shape=shape,
+        steps=s.steps,
+        eta=s.eta,
+        batch=GRID_IMAGES,
+        seed=0,
+        how=s.to_bytes,
+        device=next(unet.parameters()).device,
+    )
+    unet.train(training)
+    path = runs.run_dir(run_id) / "grids" / f"step-{done:07d}.png"
+    runs.write_whole(path, lambda temporary: sampling.grid(pictures).save(temporary))
+
+
+def _lr_factor(t: Training, step: int) -> float:
+    """Linear warm-up over t.warmup steps, then constant, or to 0 at the end along a cosine or a line."""
+    if step < t.warmup:
+        return (step + 1) / t.warmup
+    progress = (step - t.warmup) / max(t.steps - t.warmup, 1)
+    if t.lr_schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if t.lr_schedule == "linear" else 1.0
+
+
+def _averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+    """EMA whose first updates follow closer: decay_n = min(decay, (1 + n) / (10 + n)) (CompVis's LitEma)."""
+
+    @torch.no_grad()
+    def average(ema: list[Tensor], values: list[Tensor], n: Tensor) -> None:
+        d = min(decay, (1 + int(n)) / (10 + int(n)))
+        torch._foreach_lerp_(ema, values, 1 - d)
+
+    return average
+
+
+def _set_threads(t: Training) -> None:
+    if t.threads:
+        torch.set_num_threads(t.threads)
+
+
+def _rank() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return Batch(tuple(part.to(device) for part in batch.inputs), batch.noise.to(device))
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def _peak_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
