@@ -1,0 +1,240 @@
+"""The `bdm` command: one function per subcommand that loads the recipe, calls one job, prints. No logic."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bdm_cli.errors import BdmError
+from bdm_cli.output import Format, console, say, show
+
+app = typer.Typer(
+    name="bdm",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train, sample, score and compare 1-bit diffusion models: BinaryDM (ICLR 2025) and its baselines. "
+    "Begin with `bdm demo`: handwritten digits, no GPU, no download.",
+)
+
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Recipe name (`bdm recipes`) or a .toml file.")]
+AnyRecipe = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe of the run, with --seed.")]
+MethodName = Annotated[str | None, typer.Option("--method", "-m", help="Method in place of the recipe's own.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", help="section.key=value (TOML value); repeatable.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of batches, noise and initialisation.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that exists.")]
+RunId = Annotated[str | None, typer.Option("--run", help="Id of a finished run, a folder below runs/.")]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes at a time; 0 = what the cores allow.")]
+Form = Annotated[Format, typer.Option("--format", "-f", help="Form of the table on stdout.")]
+
+
+@app.command()
+def demo(jobs: Jobs = 0, form: Form = Format.table) -> None:
+    """The paper in miniature on handwritten digits: teacher, baseline, +EBB, +EBB+LRM at W1A4 (twin of Table 7).
+
+    Example: `bdm demo`
+    """
+    from bdm_cli.jobs import demo
+
+    table, page = demo.run(jobs)
+    show(table, form, "Components on digits, W1A4, beside the paper's Table 7 (LSUN-Bedrooms)")
+    say(f"report: {page}")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this recipe with every key resolved.")] = None,
+    overrides: Overrides = None,
+    form: Form = Format.table,
+) -> None:
+    """List the recipes, or show one with every key resolved and checked.
+
+    Example: `bdm recipes digits-w1a4`
+    """
+    from bdm_cli.jobs import recipes
+
+    show(recipes.run(name, overrides or []), form, name or "Recipes")
+
+
+@app.command()
+def doctor(form: Form = Format.table) -> None:
+    """Say what this machine has, and what each data set's recipes still miss.
+
+    Example: `bdm doctor`
+    """
+    from bdm_cli.jobs import doctor
+
+    show(doctor.run(), form, "Doctor")
+
+
+@app.command()
+def pretrain(recipe: RecipeName, overrides: Overrides = None, seed: Seed = 0, resume: Resume = False) -> None:
+    """Train the full-precision teacher of a recipe from scratch, with its `[pretrain]` budget.
+
+    Example: `bdm pretrain --recipe digits`
+    """
+    from bdm_cli import inputs
+    from bdm_cli.recipe import load
+
+    spec = load(recipe, overrides or []).pretraining()
+    inputs.require(spec)  # before torch is imported
+    from bdm_cli.jobs import train
+
+    print(train.run(spec, seed, resume))
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    method: MethodName = None,
+    overrides: Overrides = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="A few steps of the real network on random weights and data.")
+    ] = False,
+    steps: Annotated[int, typer.Option("--rehearse-steps", min=1, help="Steps of a rehearsal.")] = 3,
+    form: Form = Format.table,
+) -> None:
+    """Train a student: quantized from the teacher, then trained with the recipe's method and budget.
+
+    Example: `bdm train --recipe digits-w1a4 --method baseline --seed 1`
+    """
+    from bdm_cli import inputs
+    from bdm_cli.recipe import load
+
+    spec = load(recipe, overrides or [], method)
+
+    if not rehearse:
+        inputs.require(spec)  # before torch is imported
+    from bdm_cli.jobs import train
+
+    if rehearse:
+        show(train.rehearse(spec, steps), form, f"Rehearsal of {spec.id} (random weights and data; nothing is kept)")
+    else:
+        print(train.run(spec, seed, resume))
+
+
+@app.command()
+def sample(
+    run: RunId = None,
+    recipe: AnyRecipe = None,
+    method: MethodName = None,
+    overrides: Overrides = None,
+    seed: Seed = 0,
+) -> None:
+    """Make a finished run's images: shards, then one ADM-style npz and a PNG grid.
+
+    Example: `bdm sample --recipe digits-w1a4 --set sample.n_images=256`
+    """
+    from bdm_cli import runs
+
+    spec, run_id = runs.target(run, recipe, method, overrides or [], seed)
+    from bdm_cli.jobs import sample
+
+    print(sample.run(spec, run_id))
+
+
+@app.command()
+def evaluate(
+    run: RunId = None,
+    recipe: AnyRecipe = None,
+    images: Annotated[Path | None, typer.Option("--images", help="An ADM-style npz or a folder of images.")] = None,
+    method: MethodName = None,
+    overrides: Overrides = None,
+    seed: Seed = 0,
+    form: Form = Format.table,
+) -> None:
+    """Score images with FID, sFID, IS, precision and recall: a run's, or any npz or folder against a recipe's data.
+
+    Example: `bdm evaluate --recipe digits-w1a4`, or `bdm evaluate --images samples.npz --recipe cifar10`
+    """
+    from bdm_cli import recipe as recipes
+    from bdm_cli import runs
+
+    if images is not None:
+        spec, run_id = recipes.load(recipe or "digits", overrides or []), None
+    else:
+        spec, run_id = runs.target(run, recipe, method, overrides or [], seed)
+    from bdm_cli.jobs import evaluate
+
+    show(evaluate.run(spec, images or runs.samples_npz(spec, run_id), run_id), form, "Metrics")
+
+
+@app.command()
+def ablate(
+    name: Annotated[str, typer.Argument(help="tau, lrm-k, ebb-scope, transition, lrm-update or components")],
+    values: Annotated[str | None, typer.Option("--values", help="Comma-separated; default: the paper's.")] = None,
+    recipe: RecipeName = "digits-w1a32",
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 0..N-1 of every cell.")] = 1,
+    jobs: Jobs = 0,
+    form: Form = Format.table,
+) -> None:
+    """Train, sample and evaluate what an ablation table lacks, and print it beside the paper's.
+
+    Example: `bdm ablate lrm-k --values 2,4,8`
+    """
+    from bdm_cli.jobs import ablate
+
+    show(ablate.run(name, values, recipe, seeds, overrides or [], jobs), form, f"Ablation: {name} ({recipe})")
+
+
+@app.command()
+def efficiency(
+    bits: Annotated[str, typer.Option("--bits", "-b", help="Weight bits / activation bits.")] = "1/4",
+    model: Annotated[str | None, typer.Option("--model", help="Network name; default: every network.")] = None,
+    form: Form = Format.table,
+) -> None:
+    """Model size and operations (Eqs. 16-17), counted on the real network definition.
+
+    Example: `bdm efficiency --bits 1/4 --model ldm4-bedrooms`
+    """
+    from bdm_cli.jobs import efficiency
+
+    show(efficiency.run(bits, model), form, f"Efficiency at W/A = {bits}")
+
+
+@app.command()
+def report(
+    table: Annotated[str | None, typer.Option("--table", "-t", help="Print this table: 1..16, P1, P2.")] = None,
+    form: Form = Format.table,
+) -> None:
+    """Lay our records beside the paper's tables: results/tables/ and results/report.html.
+
+    Example: `bdm report --table 7`
+    """
+    from bdm_cli.jobs import report
+
+    show(report.run(table), form, f"Table {table}" if table else "Tables")
+
+
+@app.command()
+def features(
+    dataset: Annotated[str, typer.Option("--dataset", help="digits or cifar10")],
+    path: Annotated[str, typer.Option("--path", help="Where the data set lies (cifar10).")] = "",
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Training steps; default: the network's.")] = None,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write.")] = None,
+) -> None:
+    """Train the small classifier whose features score images offline (`evaluate.features`).
+
+    Example: `bdm features --dataset digits`
+    """
+    from bdm_cli.jobs import features
+
+    say(f"held-out accuracy {features.run(dataset, path, steps, seed, out):.2f} %")
+
+
+def entry() -> None:
+    """The `bdm` script: a user's mistake is one message on stderr and exit code 2, without traceback."""
+    try:
+        app()
+    except BdmError as error:
+        console.print(f"bdm: {error}", markup=False, style=None)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("bdm: stopped; what was finished is kept, the same command (with --resume for train) goes on")
+        sys.exit(130)

@@ -1,0 +1,129 @@
+"""`bdm ablate`: train, sample and evaluate what a table of the paper still lacks, and print it beside the paper's."""
+
+import concurrent.futures
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+
+import pandas as pd
+
+from bdm_cli import inputs, methods, output, recipe, records, runs
+from bdm_cli.errors import BdmError, unknown
+from bdm_cli.jobs import evaluate, sample, train
+from bdm_cli.paper.ablations import ABLATIONS, Variant
+from bdm_cli.paper.tables import Row, beside
+from bdm_cli.recipe import Recipe
+
+POLL_S = 0.5
+PAPERS_DATASET = "bedrooms"
+"""The data set of all the paper's ablations."""
+
+
+def run(
+    name: str,
+    values: str | None = None,
+    base: str = "digits-w1a32",
+    seeds: int = 1,
+    overrides: Sequence[str] = (),
+    jobs: int = 0,
+    anew: bool = False,
+) -> pd.DataFrame:
+    """Fill the cells of an ablation and return its table, the paper's columns beside ours.
+
+    values: comma-separated; None = the defaults of the ablation. seeds: 0..seeds-1. jobs: processes at a time, 0 = as
+    many as the cores allow. anew: cells count as done only if this home holds their run, not by their records alone.
+    Raises: BdmError before anything starts, if a value, recipe or input is at fault.
+    """
+    if name not in ABLATIONS:
+        raise unknown("ablation", name, ABLATIONS)
+    ablation = ABLATIONS[name]
+    given = [value.strip() for value in values.split(",")] if values else list(ablation.values)
+    rows = [_row(base, variant, overrides) for variant in map(ablation.variant, given)]
+    for row in rows:
+        methods.build(row.spec)
+        inputs.require(row.spec)
+    wanted = {(row.spec.id, seed): row.spec for row in rows for seed in range(seeds)}
+    done = _done(anew)
+    missing = {cell: spec for cell, spec in wanted.items() if not _complete(spec, cell[1], done)}
+    output.say(f"ablate {name}: {len(wanted)} cells, {len(wanted) - len(missing)} done, {len(missing)} to run")
+    if missing:
+        _fill(missing, jobs)
+    return beside(records.read(), ablation.tables, rows)
+
+
+def _row(base: str, variant: Variant, overrides: Sequence[str]) -> Row:
+    """The row of a variant. Its number in the paper is the one without the overrides that all rows share."""
+    spec, plain = _recipe(base, variant, overrides), _recipe(base, variant, ())
+    cell = plain.id if plain.data.dataset == "digits" else plain.id.replace(plain.data.dataset, PAPERS_DATASET, 1)
+    return Row(variant.label, spec, cell)
+
+
+def _recipe(base: str, variant: Variant, overrides: Sequence[str]) -> Recipe:
+    """The recipe of a row. Full precision is `<dataset>-fp` whatever the bits of the base are."""
+    if variant.method == "fp":
+        return recipe.load(f"{base.split('-')[0]}-fp", overrides)
+    return recipe.load(base, [*overrides, *variant.overrides], variant.method)
+
+
+def _done(anew: bool) -> dict[tuple[str, int, str], records.Record]:
+    measured = [r for r in records.read() if not anew or runs.weights(r.run).exists()]
+    return records.newest(measured)
+
+
+def _complete(spec: Recipe, seed: int, done: dict[tuple[str, int, str], records.Record]) -> bool:
+    found = [done.get((spec.id, seed, metric)) for metric in spec.evaluate.metrics]
+    return all(record is not None and record.digest == spec.digest for record in found)
+
+
+def complete(spec: Recipe, seed: int) -> None:
+    """Train, sample and evaluate one cell, each stage going on where it was left."""
+    run_id = spec.run_id(seed)
+    train.run(spec, seed, resume=runs.recipe_copy(run_id).exists())
+    evaluate.run(spec, sample.run(spec, run_id), run_id)
+
+
+def _worker(spec_json: str, seed: int) -> None:
+    os.environ["BDM_QUIET"] = "1"
+    complete(recipe.from_json(spec_json), seed)
+
+
+def _fill(missing: dict[tuple[str, int], Recipe], jobs: int) -> None:
+    """Run the cells, several at a time in processes of their own; each stage is on disk when it ends."""
+    # with a fixed number of threads per run, as many runs at a time as the cores hold
+    threads = max(spec.train.threads for spec in missing.values())
+    at_once = jobs or (max(1, (os.cpu_count() or 1) // threads) if threads else 1)
+    if min(at_once, len(missing)) == 1:
+        for (_, seed), spec in missing.items():
+            complete(spec, seed)
+        return
+    total = sum(max(spec.train.steps, 1) for spec in missing.values())
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(min(at_once, len(missing)), mp_context=context)
+    try:
+        with output.progress(f"{len(missing)} cells, {at_once} at a time", total, "steps") as advance:
+            waiting = {pool.submit(_worker, spec.model_dump_json(), cell[1]): cell for cell, spec in missing.items()}
+            shown = 0
+            while waiting:
+                ended, _ = concurrent.futures.wait(waiting, POLL_S, concurrent.futures.FIRST_COMPLETED)
+                for future in ended:
+                    name, seed = waiting.pop(future)
+                    future.result()
+                    output.say(f"done: {name} seed {seed}")
+                steps = sum(_steps(spec, seed) for (_, seed), spec in missing.items())
+                advance(steps - shown, f"{len(waiting)} cells left")
+                shown = steps
+    except BrokenProcessPool:
+        raise BdmError(
+            "a worker process was killed (out of memory?).\n  run the command again, it goes on; with --jobs 1"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _steps(spec: Recipe, seed: int) -> int:
+    run_id = spec.run_id(seed)
+    if runs.weights(run_id).exists():
+        return max(spec.train.steps, 1)
+    lines = runs.read_lines(runs.metrics_log(run_id))
+    return lines[-1]["step"] if lines else 0

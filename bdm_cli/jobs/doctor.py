@@ -1,0 +1,39 @@
+"""`bdm doctor`: what this machine has, and what each data set's recipes still miss."""
+
+import importlib.util
+import os
+import platform
+import shutil
+
+import pandas as pd
+import torch
+
+from bdm_cli import inputs, recipe, records, runs
+from bdm_cli.errors import BdmError
+from bdm_cli.metrics.features import find_inception_weights
+
+
+def run() -> pd.DataFrame:
+    """One row per part: what it is, its state, and what to do about it."""
+    rows = [("Python", platform.python_version(), "")]
+    rows += [(name, version, "") for name, version in records.provenance()["versions"].items() if name != "python"]
+    rows.append(("CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads", ""))
+    if torch.cuda.is_available():
+        rows.append(("GPU", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}", ""))
+    else:
+        rows.append(("GPU", "none", "not needed; the recipes beyond digits are slow without one"))
+    rows.append(("Home", str(runs.home().resolve()), "set BDM_HOME to keep runs/ and results/ elsewhere"))
+    writable = os.access(runs.home(), os.W_OK)
+    rows.append(("Writable", "yes" if writable else "no", "" if writable else "choose another BDM_HOME"))
+    free = shutil.disk_usage(runs.home()).free / 2**30
+    rows.append(("Disk", f"{free:.0f} GiB free", ""))
+    board = importlib.util.find_spec("tensorboard") is not None
+    rows.append(("TensorBoard", "installed" if board else "not installed", "" if board else "pip install tensorboard"))
+    try:
+        rows.append(("Inception weights", str(find_inception_weights()), ""))
+    except BdmError as error:
+        rows.append(("Inception weights", "missing", str(error)))
+    for name in (name for name in recipe.names() if "-" not in name):
+        missing = inputs.missing(recipe.load(name))
+        rows.append((f"recipes {name}*", "ready" if not missing else f"{len(missing)} missing", "\n".join(missing)))
+    return pd.DataFrame(rows, columns=["Part", "State", "Note"])
