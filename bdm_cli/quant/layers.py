@@ -64,13 +64,23 @@ class QuantAttnProcessor(nn.Module):
         self.q_quantizer, self.k_quantizer = q, k
         self.probability_quantizer, self.v_quantizer = probabilities, v
 
-    def forward(
+    def __call__(
         self,
         attn: nn.Module,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+    ) -> Tensor:
+        # spelled out since diffusers reads the names of the parameters here, and warns about others
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+    def forward(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         if attention_mask is not None or attn.spatial_norm is not None or attn.norm_q is not None:
             raise ValueError("QuantAttnProcessor takes no mask, no spatial norm and no query norm")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bdm_cli.quant.ste import round_ste, scale_gradient, sign_ste
+from bdm_cli.quant.ste import lsq_ste, scale_gradient, sign_ste
 
 
 def per_channel(x: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ class SignWeight(Quantizer):
 class Lsq(Quantizer):
     """Uniform quantizer with a learned step size (LSQ, arXiv:1902.08153, Eqs. 1-3), for weights and activations.
 
-    q(x) = s * round(clip(x / s + z, low, high)) - s * z;  z is an integer, 0 in the symmetric form.
-    dq/dx = 1 inside the clip range, 0 outside. With v = x / s: dq/ds = round(v) - v inside, low - z below and high - z
+    q(x) = s * (round(clip(v, low, high)) - z), v = x / s + z;  z is an integer, 0 in the symmetric form.
+    dq/dx = 1 inside the clip range (its ends included), 0 outside. dq/ds = round(v) - v inside, low - z below and high - z
     above, times 1 / sqrt(n * high), n = number of elements of x (Sec. 2.2; the batch counts, as in both public
     implementations).
     Signed b bits: low = -2^(b-1), high = 2^(b-1) - 1 (BinaryDM: for every layer). Unsigned: 0 and 2^b - 1.
@@ -76,8 +76,7 @@ class Lsq(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         s = scale_gradient(self.scale, (x.numel() * self.high) ** -0.5)
-        v = (x / s + self.zero_point).clamp(self.low, self.high)
-        return (round_ste(v) - self.zero_point) * s
+        return lsq_ste(x, s, self.zero_point, self.low, self.high)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, range={self.low}..{self.high}"

@@ -25,20 +25,30 @@ def sign_ste(x: Tensor) -> Tensor:
     return _SignClip.apply(x)
 
 
-class _RoundIdentity(torch.autograd.Function):
+class _Lsq(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.round()
+    def forward(ctx, x: Tensor, s: Tensor, z: Tensor, low: int, high: int) -> Tensor:
+        v = x / s + z
+        levels = v.round().clamp_(low, high)  # as round(clip(v)), since both limits are integers
+        ctx.save_for_backward(v, levels, s, z)
+        ctx.low, ctx.high = low, high
+        return (levels - z) * s
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        v, levels, s, z = ctx.saved_tensors
+        inside = (v >= ctx.low) & (v <= ctx.high)
+        by_scale = gradient * (levels - torch.where(inside, v, z))
+        return gradient * inside, by_scale.sum_to_size(s.shape), None, None, None
 
 
-def round_ste(x: Tensor) -> Tensor:
-    """Round to the nearest integer (halves to even), with gradient 1 everywhere. Exactly integers, unlike
-    x + (round(x) - x).detach(), which is off by an ulp."""
-    return _RoundIdentity.apply(x)
+def lsq_ste(x: Tensor, s: Tensor, z: Tensor, low: int, high: int) -> Tensor:
+    """Uniform quantization with LSQ's gradients (arXiv:1902.08153, Eqs. 1-3), before the scaling of Sec. 2.2.
+
+    q = s (round(clip(v, low, high)) - z), v = x / s + z;  dq/dx = 1[low <= v <= high];
+    dq/ds = round(v) - v inside, low - z below, high - z above, summed to the shape of s. Halves are rounded to even.
+    """
+    return _Lsq.apply(x, s, z, low, high)
 
 
 class _ScaleGradient(torch.autograd.Function):

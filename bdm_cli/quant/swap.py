@@ -44,7 +44,9 @@ def _children(modules: nn.ModuleList | None, path: str) -> list[tuple[str, nn.Mo
 
 def _pairs(path: str, block: nn.Module) -> list[list[str]]:
     pairs = [[name] for name, _ in _children(block.resnets, f"{path}.resnets")]
-    for pair, (name, _) in zip(pairs, _children(getattr(block, "attentions", None), f"{path}.attentions"), strict=False):
+    for pair, (name, _) in zip(
+        pairs, _children(getattr(block, "attentions", None), f"{path}.attentions"), strict=False
+    ):
         pair.append(name)
     return pairs
 
