@@ -1,6 +1,7 @@
 """Images as uint8 [N, H, W, C], from the embedded digits, CIFAR-10 in three forms, or (later) folders."""
 
 import hashlib
+import io
 import lzma
 import pickle
 import tarfile
@@ -31,14 +32,14 @@ def training_images(recipe: Recipe) -> np.ndarray:
     wanted = (recipe.data.image_size, recipe.data.image_size, recipe.data.channels)
     if images.shape[1:] != wanted:
         raise BdmError(
-            f"the images of {recipe.data.path or recipe.data.dataset} are {images.shape[1:]} (height, width, channels), "
-            f"recipe '{recipe.name}' wants {wanted}.\n  {CIFAR_FORMS}"
+            f"the images of {recipe.data.path or recipe.data.dataset} are {images.shape[1:]} (height, width, "
+            f"channels), recipe '{recipe.name}' wants {wanted}.\n  {CIFAR_FORMS}"
         )
     return images
 
 
 reference_images = training_images
-"""What samples are compared with: the training images as they are (BinaryDM, App. B.1: 'all the corresponding data')."""
+"""What samples are compared with: the training images as they are (BinaryDM, App. B.1: all the data)."""
 
 
 def labelled_images(dataset: str, path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -136,23 +137,40 @@ def _folder_files(path: Path) -> Iterator[tuple[str, object]]:
             yield str(file.relative_to(path)), file
 
 
-def _tar_files(path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.isfile():
-                    yield member.name, tar.extractfile(member)
-    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        raise BdmError(f"{path} is not a whole tar file ({error}).\n  {CIFAR_FORMS}") from None
+def _tar_files(path: Path) -> Iterator[tuple[str, io.BytesIO]]:
+    """The files of a tar, whole. Raises: BdmError if the tar is damaged or cut short."""
+    members = _tar_members(path)
+    while True:
+        try:
+            entry = next(members, None)
+        except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+            raise BdmError(f"{path} is not a whole tar file ({error}).\n  {CIFAR_FORMS}") from None
+        if entry is None:
+            return
+        yield entry
+
+
+def _tar_members(path: Path) -> Iterator[tuple[str, io.BytesIO]]:
+    """tarfile takes a header that it cannot read for the end; the true end is a block of zeros."""
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.isfile():
+                yield member.name, io.BytesIO(tar.extractfile(member).read())
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it ends in the middle")
+        while tar.fileobj.read(2**20):  # to the end, where a compressed stream carries its checksum
+            pass
 
 
 class _ArraysOnly(pickle.Unpickler):
     """Reads the official CIFAR-10 batches, which are pickles of arrays, and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> object:
+        module = module.replace("numpy.core", "numpy._core")
         allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-        if (module, name) in allowed or (name == "_reconstruct" and module.endswith("multiarray")):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        if (module, name) in allowed | {("numpy._core.multiarray", "_reconstruct")}:
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is not an array")
 
 
@@ -165,6 +183,8 @@ def _python_batches(path: Path) -> tuple[np.ndarray, np.ndarray]:
                 batch = _ArraysOnly(stream, encoding="bytes").load()
             pixels.append(np.asarray(batch[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
             labels.append(np.asarray(batch[b"labels"], dtype=np.int64))
-        except (OSError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+            if len(pixels[-1]) != len(labels[-1]):
+                raise ValueError(f"{len(pixels[-1])} images, {len(labels[-1])} labels")
+        except (OSError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
             raise BdmError(f"cannot read {file} ({error}).\n  {CIFAR_FORMS}") from None
     return np.concatenate(pixels).transpose(0, 2, 3, 1), np.concatenate(labels)

@@ -66,7 +66,9 @@ def load_teacher(recipe: Recipe) -> nn.Module:
         )
     stored = json.loads(metadata["recipe"])
     if stored["method"]["name"] != "fp":
-        raise BdmError(f"{path} holds a '{stored['method']['name']}' student.\n  give a full-precision model (bdm pretrain)")
+        raise BdmError(
+            f"{path} holds a '{stored['method']['name']}' student.\n  give a full-precision model (bdm pretrain)"
+        )
     unet = build_unet(recipe.unet)
     load_strictly(unet, tensors, path)
     return unet.eval().requires_grad_(False)

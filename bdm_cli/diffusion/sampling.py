@@ -37,7 +37,7 @@ def ddim(
 
 
 def to_bytes(x: Tensor, how: str) -> np.ndarray:
-    """Float [N, C, H, W] in [-1, 1] to uint8 [N, H, W, C]. 'round' (ermongroup, diffusers) or 'truncate' (CompVis, ADM)."""
+    """Float [N, C, H, W] in [-1, 1] to uint8 [N, H, W, C]: 'round' (ermongroup) or 'truncate' (CompVis, ADM)."""
     levels = ((x.float() + 1) * 127.5).clamp(0, 255)
     levels = levels.round() if how == "round" else levels
     return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -72,13 +72,14 @@ class Ebb(Method):
             return [f"transition: is an iteration or a fraction below 1 (given {self.transition})"]
         if self.transition > max(steps, 1):
             return [
-                f"transition: comes after the last training step (given {self.transition:.0f}, train.steps = {steps}).\n"
+                "transition: comes after the last training step "
+                f"(given {self.transition:.0f}, train.steps = {steps}).\n"
                 f"    give an iteration up to {steps} or a fraction below 1, e.g. 0.5"
             ]
         return []
 
     def transition_step(self, steps: int) -> int:
-        return int(self.transition * steps if self.transition < 1 else self.transition)
+        return round(self.transition * steps if self.transition < 1 else self.transition)
 
     def weight_quantizer(self, layer: Layer, site: Site) -> Quantizer:
         chosen = site.region(self.ebb_scope) in ("head", "tail") or (self.ebb_center and site.middle)
@@ -107,7 +108,7 @@ class BinaryDM(Ebb):
     """EBB and LRM: L = L_simple + L_EBB + lambda * mean_i L_LRM,i (Sec. 3.3, Eq. 15).
 
     lrm_k: K, the reduction of a block's channels c to round(c / K) components.
-    lrm_lambda: lambda. It is relative to the scale of the teacher's features, so it does not carry over between networks.
+    lrm_lambda: lambda. It is relative to the scale of the teacher's features: it does not carry over between networks.
     lrm_update: recompute the projection from the current batch every so many steps; 0 = never, as in the paper.
     distillation: 'lrm', or 'mse' for the ablation without projection (Tables 13-14).
     """
@@ -129,8 +130,8 @@ class BinaryDM(Ebb):
             try:
                 self.state.projection = LowRankMimicking([f.shape[1] for f in features], self.lrm_k)
             except ValueError as error:
-                widest = max(f.shape[1] for f in features)
-                raise BdmError(f"method.lrm_k: {error}.\n  give a K well below the channels (at most {widest})") from None
+                most = 2 * min(f.shape[1] for f in features)
+                raise BdmError(f"method.lrm_k: {error}.\n  at most {most} here, twice the narrowest block") from None
             self.state.projection.to(features[0].device).fit_(features)
 
     def losses(self, forward: Forward) -> dict[str, Tensor]:

@@ -121,6 +121,14 @@ def float64_ddim(spec: Scheduler, streams: list[np.random.Generator], steps: int
     return x
 
 
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_the_network_always_runs_on_full_batches(n: int):
+    """Since kernels may sum in another order at another batch size."""
+    network = Analytic()
+    assert len(make(network, range(n), batch=4, steps=2)) == n
+    assert [len(times) for times in network.times] == [4, 4]
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [1, 20, 100])
 @pytest.mark.parametrize("spec", [ERMONGROUP, COMPVIS], ids=["ermongroup", "compvis"])
