@@ -93,7 +93,7 @@ class Scheduler(Section):
 
 
 class Teacher(Section):
-    """The full-precision model. `path`: 'package:...' lies inside the package, else below the home directory; '' = none,
+    """The full-precision model. `path`: 'package:...' lies inside the package, else below the home; '' = none:
     the network is trained from scratch."""
 
     path: str
@@ -175,7 +175,7 @@ class Recipe(Section):
         return method
 
     def pretraining(self) -> "Recipe":
-        """The recipe that makes this one's teacher: the same network and data from scratch, with the [pretrain] budget."""
+        """The recipe that makes this one's teacher: the same network and data, from scratch, with its [pretrain]."""
         changes = {
             "name": f"{self.name}-teacher",
             "train": self.pretrain,
@@ -203,7 +203,8 @@ class Recipe(Section):
             for k, v in flat.items()
             if k.split(".")[0] not in ("name", "summary", "overrides") and not k.endswith("get_it")
         }
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        text = json.dumps({key: _printed(value) for key, value in told.items()}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def run_id(self, seed: int) -> str:
         return f"{self.train_id}-s{seed}"
@@ -241,14 +242,15 @@ def load(name: str, overrides: Sequence[str] = (), method: str | None = None) ->
     if method is not None and f"{name}-{method}" in names():
         name, method = f"{name}-{method}", None
     table = _read(name)
-    base = _flatten(table)
     given = dict(_parse(text) for text in overrides)
-    if method is not None and method != base.get("method.name"):
+    switched = {}
+    if method is not None and method != table.get("method", {}).get("name"):
         table["method"] = _of_method(method, table.get("method", {}))
-        given = {"method.name": method, **given}
+        switched = {"method.name": method}
+    base = _flatten(table)
     for key, value in given.items():
         _assign(table, key, value)
-    changed = {k: v for k, v in given.items() if k not in NEUTRAL and not (k in base and base[k] == v)}
+    changed = switched | {k: v for k, v in given.items() if k not in NEUTRAL and not (k in base and base[k] == v)}
     return _check({**table, "name": Path(name).stem, "overrides": changed})
 
 
@@ -291,7 +293,7 @@ def difference(a: Recipe, b: Recipe) -> list[str]:
 
 
 def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The TOML table of a recipe merged over its parents."""
+    """The TOML table of a recipe merged over its parents. A parent's .toml path is relative to the child's folder."""
     known = names()
     path = Path(name) if name.endswith(".toml") else known.get(name)
     if path is None:
@@ -305,11 +307,17 @@ def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BdmError(f"recipe {path} is not valid TOML: {error}") from None
     parent = table.pop("extends", None)
-    return _merge(_read(parent, (*children, name)), table) if parent is not None else table
+    if parent is None:
+        return table
+    if not isinstance(parent, str):
+        raise BdmError(f"recipe {path}: extends is {parent!r}.\n  give a recipe's name or the path of a .toml file")
+    if parent.endswith(".toml"):
+        parent = str(path.parent / parent)
+    return _merge(_read(parent, (*children, name)), table)
 
 
 def _merge(parent: dict, child: dict) -> dict:
-    """child over parent, table by table. A `[method]` of another name replaces the parent's, but for the shared keys."""
+    """child over parent, table by table. A `[method]` of another name keeps only the parent's shared keys."""
     merged = dict(parent)
     for key, value in child.items():
         if key == "method" and "name" in value and value["name"] != parent.get("method", {}).get("name"):
@@ -338,6 +346,8 @@ def _parse(text: str) -> tuple[str, Any]:
 
 def _assign(table: dict, dotted: str, value: Any) -> None:
     *sections, key = dotted.split(".")
+    if dotted.split(".")[0] in ("name", "overrides"):
+        raise BdmError(f"'{dotted}' cannot be set: it is what the recipe is called.\n  give section.key=value")
     for section in sections:
         inner = table.get(section)
         table[section] = dict(inner) if isinstance(inner, dict) else {}

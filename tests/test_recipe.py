@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pydantic
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bdm_cli import methods, recipe
@@ -128,6 +128,7 @@ def test_sampling_is_in_the_id_but_not_in_the_run_id():
     assert spec.run_id(7) == "digits-w1a4+method.tau=0-s7"
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.floats(1e-8, 1e8), st.sampled_from(["{!r}", "{:e}", "{:.20g}", "{:E}", "+{!r}"]))
 def test_one_number_has_one_id_however_it_is_written(value: float, form: str):
     text = form.format(value)
