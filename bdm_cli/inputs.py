@@ -38,6 +38,8 @@ def require(recipe: Recipe) -> None:
         count = "an input" if len(lacking) == 1 else f"{len(lacking)} inputs"
         lines = [f"recipe '{recipe.name}' lacks {count} (nothing was started):", *(f"  {entry}" for entry in lacking)]
         if recipe.first_stage:
-            lines.append("  note: this version trains latent models only with --rehearse; it reads none of these files yet")
+            lines.append(
+                "  note: this version trains latent models only with --rehearse; it reads none of these files yet"
+            )
         lines.append("  without them: --rehearse runs the real network for a few steps; digits-w1a4 needs no download")
         raise BdmError("\n".join(lines))

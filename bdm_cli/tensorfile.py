@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors with string metadata in the header, written whole or not at all. No code runs on load."""
+"""Tensors on disk: safetensors with metadata in the header, written whole or not at all. No code runs on load."""
 
 from pathlib import Path
 

@@ -259,7 +259,8 @@ def test_nan_stops_with_the_checkpoint_kept(bdm, tiny_teacher):
 
 
 def test_help_is_quick_because_it_loads_no_torch():
-    script = "import sys; sys.argv = ['bdm', '--help']\ntry:\n  from bdm_cli.cli import entry; entry()\nexcept SystemExit: pass\n"
+    script = "import sys; sys.argv = ['bdm', '--help']\nfrom bdm_cli.cli import entry\n"
+    script += "try:\n  entry()\nexcept SystemExit:\n  pass\n"
     script += "print([m for m in ('torch', 'diffusers', 'accelerate', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

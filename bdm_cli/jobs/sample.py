@@ -1,5 +1,6 @@
 """`bdm sample`: a run's images, in shards that survive a kill, as an ADM-style npz and a grid."""
 
+import functools
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def run(spec: Recipe, run_id: str) -> Path:
     """Sample a finished run to spec.sample; returns the npz (arr_0: uint8 [N, H, W, C]). What is there is not redone.
 
     Image i is a function of the weights, the sampler's settings, the run's seed and i alone.
-    Raises: BdmError if the run is not finished, its latents cannot be decoded, or the sampler's settings are impossible.
+    Raises: BdmError if the run is not finished, its latents cannot be decoded, or the settings are impossible.
     """
     s = spec.sample
     if s.steps > spec.scheduler.n_timesteps:
@@ -47,32 +48,31 @@ def _sample(spec: Recipe, run_id: str, path: Path) -> Path:
     scheduler = noise_scheduler(spec.scheduler)
     arguments = spec.unet.arguments
     shape = (arguments["in_channels"], arguments["sample_size"], arguments["sample_size"])
+    draw = functools.partial(
+        sampling.images,
+        unet,
+        scheduler,
+        shape=shape,
+        steps=s.steps,
+        eta=s.eta,
+        batch=s.batch,
+        seed=runs.seed(run_id),
+        how=s.to_bytes,
+        device=device,
+    )
     shards = [range(first, min(first + s.shard, s.n_images)) for first in range(0, s.n_images, s.shard)]
     with output.progress(f"sampling {run_id}", s.n_images, "images") as advance:
         for shard in shards:
             file = _shard_path(path.parent, shard)
-            if not file.exists():
-                made = []
-                for first in range(shard.start, shard.stop, s.batch):
-                    indices = range(first, min(first + s.batch, shard.stop))
-                    made.append(
-                        sampling.images(
-                            unet,
-                            scheduler,
-                            indices,
-                            shape=shape,
-                            steps=s.steps,
-                            eta=s.eta,
-                            batch=s.batch,
-                            seed=runs.seed(run_id),
-                            how=s.to_bytes,
-                            device=device,
-                        )
-                    )
-                    advance(len(indices))
-                runs.write_whole(file, lambda temporary, images=np.concatenate(made): np.save(temporary, images))
-            else:
+            if file.exists():
                 advance(len(shard))
+                continue
+            made = []
+            for first in range(shard.start, shard.stop, s.batch):
+                indices = range(first, min(first + s.batch, shard.stop))
+                made.append(draw(indices))
+                advance(len(indices))
+            _write_array(file, np.concatenate(made))
     pictures = np.concatenate([np.load(_shard_path(path.parent, shard)) for shard in shards])
     runs.write_whole(path.parent / "grid.png", lambda temporary: sampling.grid(pictures[:GRID_IMAGES]).save(temporary))
     runs.write_whole(path, lambda temporary: np.savez(temporary, arr_0=pictures))
@@ -80,6 +80,10 @@ def _sample(spec: Recipe, run_id: str, path: Path) -> Path:
         _shard_path(path.parent, shard).unlink()
     output.say(f"{run_id}: {s.n_images} images in {time.monotonic() - start:.0f} s: {path}")
     return path
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    runs.write_whole(path, lambda temporary: np.save(temporary, array))
 
 
 def _shard_path(folder: Path, shard: range) -> Path:

@@ -1,4 +1,4 @@
-"""`bdm train` and `bdm pretrain`: batches -> noise -> student and teacher -> losses -> optimizer, surviving any kill."""
+"""`bdm train` and `bdm pretrain`: batch -> noise -> student and teacher -> losses -> optimizer, surviving any kill."""
 
 import importlib.util
 import itertools
@@ -235,7 +235,7 @@ class State:
         tensorfile.write(self.path, tensors, {"step": str(done), "wall_s": str(wall_s)})
 
     def restore(self, steps: int) -> tuple[int, float, dict[str, Tensor]]:
-        """Load the last checkpoint if there is one. Returns steps done, seconds used, the optimizer's tensors by name."""
+        """Load the last checkpoint, if any. Returns steps done, seconds used, the optimizer's tensors by name."""
         if not self.path.exists():
             return 0, 0.0, {}
         tensors, header = tensorfile.read(self.path)
@@ -292,7 +292,7 @@ class Log:
             self.pending = []
 
     def records(self, spec: Recipe, seed: int, device: str) -> None:
-        """One record per step in LOSS_STEPS: the mean of the logged losses over the last tenth of the steps up to it."""
+        """One record per step in LOSS_STEPS: the mean of the losses over the last tenth of the steps up to it."""
         lines = runs.read_lines(self.path)
         for target in (n for n in LOSS_STEPS if n <= spec.train.steps):
             near = [line for line in lines if 0.9 * target < line["step"] <= target]
