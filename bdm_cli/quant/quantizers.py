@@ -48,9 +48,9 @@ class Lsq(Quantizer):
     """Uniform quantizer with a learned step size (LSQ, arXiv:1902.08153, Eqs. 1-3), for weights and activations.
 
     q(x) = s * (round(clip(v, low, high)) - z), v = x / s + z;  z is an integer, 0 in the symmetric form.
-    dq/dx = 1 inside the clip range (its ends included), 0 outside. dq/ds = round(v) - v inside, low - z below and high - z
-    above, times 1 / sqrt(n * high), n = number of elements of x (Sec. 2.2; the batch counts, as in both public
-    implementations).
+    dq/dx = 1 inside the clip range (its ends included), 0 outside. dq/ds = round(v) - v inside, low - z below and
+    high - z above, times 1 / sqrt(n * high), n = number of elements of x (Sec. 2.2; the batch counts, as in both
+    public implementations).
     Signed b bits: low = -2^(b-1), high = 2^(b-1) - 1 (BinaryDM: for every layer). Unsigned: 0 and 2^b - 1.
 
     Shapes: x any; s is a scalar in the unit of x, or [C, 1, ...] with one step per index of the first axis.
