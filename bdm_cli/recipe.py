@@ -5,7 +5,6 @@ checks every key. The `[method]` table is checked by the method it names (method
 in the method's own file.
 """
 
-import difflib
 import hashlib
 import json
 import tomllib
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from bdm_cli.errors import BdmError, unknown
+from bdm_cli.errors import BdmError, nearest, unknown
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -27,7 +26,7 @@ PLACES = {"data.path", "teacher.path", "first_stage.path", "evaluate.reference"}
 
 NEUTRAL = (
     PLACES
-    | {"sample.batch", "sample.shard"}
+    | {"summary", "data.get_it", "teacher.get_it", "first_stage.get_it", "sample.batch", "sample.shard"}
     | {
         f"{section}.{key}"
         for section in ("train", "pretrain")
@@ -197,13 +196,8 @@ class Recipe(Section):
     @property
     def digest(self) -> str:
         """Fingerprint of every value that can change a result: two recipes with one id may differ in their files."""
-        flat = {k: v for k, v in _flatten(self.model_dump(mode="json")).items() if k not in NEUTRAL}
-        told = {
-            k: v
-            for k, v in flat.items()
-            if k.split(".")[0] not in ("name", "summary", "overrides") and not k.endswith("get_it")
-        }
-        text = json.dumps({key: _printed(value) for key, value in told.items()}, sort_keys=True)
+        told = {k: _printed(v) for k, v in resolved(self).items() if k != "name" and k not in NEUTRAL}
+        text = json.dumps(told, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def run_id(self, seed: int) -> str:
@@ -270,19 +264,21 @@ def of_run(stored: Recipe, overrides: Sequence[str], like: Recipe | None = None)
     Raises: BdmError if an override concerns what was already fixed by the training.
     """
     table = stored.model_dump(mode="json")
-    changed = dict(stored.overrides)
     if like is not None:
         table |= {section: like.model_dump(mode="json")[section] for section in AFTER_TRAINING}
-        changed = like.overrides
-    base = _flatten(table)
     for text in overrides:
         key, value = _parse(text)
         if key.split(".")[0] not in AFTER_TRAINING and key not in PLACES:
-            raise BdmError(f"'{key}' was fixed when run was trained.\n  allowed here: sample.*, evaluate.*, data.path")
+            raise BdmError(
+                f"'{key}' was fixed when the run was trained.\n  allowed here: sample.*, evaluate.*, data.path"
+            )
         _assign(table, key, value)
-        if key not in NEUTRAL and base.get(key) != value:
-            changed = {**changed, key: value}
-    return _check({**table, "overrides": changed})
+    spec = _check({**table, "overrides": {}})
+    plain = load(stored.name) if stored.name in names() else like or stored
+    was, now = resolved(plain), resolved(spec)
+    later = {k for k in now if k.split(".")[0] in AFTER_TRAINING and k not in NEUTRAL and now[k] != was.get(k)}
+    trained = {k: v for k, v in stored.overrides.items() if k.split(".")[0] not in AFTER_TRAINING}
+    return spec.model_copy(update={"overrides": trained | {k: now[k] for k in later}})
 
 
 def difference(a: Recipe, b: Recipe) -> list[str]:
@@ -376,8 +372,7 @@ def faults(what: str, error: pydantic.ValidationError, model: type, prefix: str 
         key = prefix + ".".join(str(part) for part in fault["loc"])
         if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             known = _known_keys(model, [str(part) for part in fault["loc"][:-1]])
-            near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
+            hint = nearest(str(fault["loc"][-1]), known)
             lines.append(f"  {key}: unknown key (given {fault['input']!r}).{hint} known: {', '.join(known)}")
         elif fault["type"] == "missing":
             lines.append(f"  {key}: is missing")

@@ -110,7 +110,7 @@ def _class_folders(files: Iterator[tuple[str, object]], path: Path) -> tuple[np.
     with output.progress(f"reading {path.name}", 50_000, "images") as advance:
         for name, file in files:
             parts = Path(name).parts
-            if len(parts) < 2 or not name.lower().endswith(IMAGE_SUFFIXES):
+            if len(parts) < 2 or parts[-1].startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
                 continue
             try:
                 with Image.open(file) as image:
