@@ -195,8 +195,12 @@ class Recipe(Section):
 
     @property
     def digest(self) -> str:
-        """Fingerprint of every value that can change a result: two recipes with one id may differ in their files."""
-        told = {k: _printed(v) for k, v in resolved(self).items() if k != "name" and k not in NEUTRAL}
+        """Fingerprint of every value that can change a result: two recipes with one id may differ in their files.
+
+        Values equal to the schema's default are left out, so that a new key does not make old records strangers.
+        """
+        values = _flatten(self.model_dump(mode="json", exclude_defaults=True, exclude={"name", "overrides"}))
+        told = {k: _printed(v) for k, v in values.items() if k not in NEUTRAL}
         text = json.dumps(told, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
