@@ -26,6 +26,9 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", help="sectio
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of batches, noise and initialisation.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that exists.")]
 RunId = Annotated[str | None, typer.Option("--run", help="Id of a finished run, a folder below runs/.")]
+Images = Annotated[
+    Path | None, typer.Option("--images", help="An npz or a folder of images, scored against --recipe [digits].")
+]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes at a time; 0 = what the cores allow.")]
 Form = Annotated[Format, typer.Option("--format", "-f", help="Form of the table on stdout.")]
 
@@ -141,7 +144,12 @@ def sample(
 def evaluate(
     run: RunId = None,
     recipe: AnyRecipe = None,
-    images: Annotated[Path | None, typer.Option("--images", help="An ADM-style npz or a folder of images.")] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            "--images", help="An ADM-style npz or a folder of images, scored against --recipe (default: digits)."
+        ),
+    ] = None,
     method: MethodName = None,
     overrides: Overrides = None,
     seed: Seed = 0,

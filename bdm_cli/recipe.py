@@ -43,7 +43,7 @@ AFTER_TRAINING = {"sample", "evaluate"}
 
 
 class Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -172,6 +172,17 @@ class Recipe(Section):
         if not isinstance(method.get("name"), str):
             raise ValueError('needs a name, e.g. name = "binarydm"')
         return method
+
+    @pydantic.model_validator(mode="after")
+    def _network_fits_the_images(self) -> "Recipe":
+        arguments, data = self.unet.arguments, self.data
+        given = tuple(arguments.get(key) for key in ("sample_size", "in_channels"))
+        if self.first_stage is None and given != (data.image_size, data.channels):
+            raise ValueError(
+                f"unet.arguments sample_size, in_channels = {given} must be data's image_size, channels = "
+                f"{(data.image_size, data.channels)}"
+            )
+        return self
 
     def pretraining(self) -> "Recipe":
         """The recipe that makes this one's teacher: the same network and data, from scratch, with its [pretrain]."""
@@ -380,6 +391,8 @@ def faults(what: str, error: pydantic.ValidationError, model: type, prefix: str 
             lines.append(f"  {key}: unknown key (given {fault['input']!r}).{hint} known: {', '.join(known)}")
         elif fault["type"] == "missing":
             lines.append(f"  {key}: is missing")
+        elif fault["type"] == "value_error":  # our own validators say what was given
+            lines.append("  " + ": ".join(part for part in (key, str(fault["ctx"]["error"])) if part))
         else:
             lines.append(f"  {key}: {fault['msg'][:1].lower()}{fault['msg'][1:]} (given {fault['input']!r})")
     count = f"{len(lines)} faults" if len(lines) > 1 else "a fault"

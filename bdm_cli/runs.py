@@ -168,10 +168,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: dict) -> None:
-    """Append one JSON line in a single write, and flush it to disk."""
+    """Append one JSON line, one process at a time, and flush it to disk."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             whole = file.read().rfind(b"\n") + 1
             file.truncate(whole)  # a line that a kill cut off

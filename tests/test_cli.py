@@ -141,6 +141,7 @@ ERRORS = {
         "after the last training step",
     ),
     "K too large": (["train", "-r", "digits-w1a4", "-s", "method.lrm_k=500"], "leaves no component"),
+    "impossible network": (["train", "-r", "digits-w1a4", "-s", "unet.arguments.norm_num_groups=7"], "refuses them"),
     "no teacher": (["train", "-r", "digits-w1a4", "-s", "teacher.path=nowhere"], "full-precision teacher: put it at"),
     "no data": (["train", "-r", "churches-w1a4"], "lacks 3 inputs"),
     "not finished": (["sample", "-r", "digits-w1a4"], "unknown finished run 'digits-w1a4-s0'"),

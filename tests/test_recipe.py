@@ -267,7 +267,9 @@ def test_an_unknown_recipe():
         ("evaluate.metrics=fid", "evaluate.metrics: input should be a valid"),
         ("train=5", "train: input should be an object (given 5)"),
         ("method=5", "method: input should be "),
-        ("method.name=5", "method: value error, needs a name"),
+        ("method.name=5", "method: needs a name"),
+        ("train.lr=nan", "train.lr: input should be a finite number (given nan)"),
+        ("unet.arguments.in_channels=3", "unet.arguments sample_size, in_channels = (16, 3) must be data's"),
     ],
 )
 def test_faults_name_the_key_the_value_and_what_is_allowed(override: str, text: str):

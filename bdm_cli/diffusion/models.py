@@ -17,8 +17,14 @@ def build_unet(spec: Unet) -> nn.Module:
     """The U-Net with fresh weights (on the meta device under `torch.device("meta")`).
 
     LDM-8 fixes the number of heads, which UNet2DModel cannot express: they are set on every attention afterwards.
+    Raises: BdmError if diffusers refuses the arguments.
     """
-    unet = getattr(diffusers, spec.kind)(**_tuples(spec.arguments))
+    try:
+        unet = getattr(diffusers, spec.kind)(**_tuples(spec.arguments))
+    except (TypeError, ValueError) as error:
+        raise BdmError(
+            f"unet.arguments: diffusers' {spec.kind} refuses them ({error}).\n  see its documentation"
+        ) from None
     if spec.heads:
         for module in unet.modules():
             if hasattr(module, "to_q"):

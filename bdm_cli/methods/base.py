@@ -29,7 +29,7 @@ class Forward:
     features_bi: Sequence[Tensor] = field(default_factory=list)
 
 
-@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True))
+@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class Method:
     """The baseline (BinaryDM, arXiv:2404.05662, Sec. 3.1): 1-bit weights with learned scales, LSQ activations.
 

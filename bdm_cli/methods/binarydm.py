@@ -50,7 +50,7 @@ class EbbWeight(Quantizer):
         return single
 
 
-@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True))
+@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class Ebb(Method):
     """The baseline with EBB on the head and tail blocks (row '+EBB').
 
@@ -103,7 +103,7 @@ class Ebb(Method):
                 layer.weight_quantizer = layer.weight_quantizer.evolved()
 
 
-@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True))
+@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class BinaryDM(Ebb):
     """EBB and LRM: L = L_simple + L_EBB + lambda * mean_i L_LRM,i (Sec. 3.3, Eq. 15).
 

@@ -8,7 +8,7 @@ from torch import nn
 from bdm_cli.methods.base import Method
 
 
-@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True))
+@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class FullPrecision(Method):
     """The student is the unchanged full-precision network. Both bit fields must say so."""
 

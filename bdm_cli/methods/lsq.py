@@ -9,7 +9,7 @@ from bdm_cli.quant.quantizers import Quantizer, lsq_weight
 from bdm_cli.quant.swap import Site
 
 
-@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True))
+@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class LsqMethod(Method):
     """Weights by signed LSQ, one learned step size per output channel; at 2 bits the levels are -2..1 steps."""
 
