@@ -102,7 +102,9 @@ def _fill(missing: dict[tuple[str, int], Recipe], jobs: int) -> None:
     pool = concurrent.futures.ProcessPoolExecutor(min(at_once, len(missing)), mp_context=context)
     try:
         with output.progress(f"{len(missing)} cells, {at_once} at a time", total, "steps") as advance:
-            waiting = {pool.submit(_worker, spec.model_dump_json(), cell[1]): cell for cell, spec in missing.items()}
+            # the longest first, so that no core waits at the end; the later rows of a table are the more elaborate ones
+            order = sorted(reversed(missing.items()), key=lambda item: -item[1].train.steps)
+            waiting = {pool.submit(_worker, spec.model_dump_json(), cell[1]): cell for cell, spec in order}
             shown = 0
             while waiting:
                 ended, _ = concurrent.futures.wait(waiting, POLL_S, concurrent.futures.FIRST_COMPLETED)
