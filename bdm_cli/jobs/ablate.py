@@ -103,7 +103,7 @@ def _fill(missing: dict[tuple[str, int], Recipe], jobs: int) -> None:
     try:
         with output.progress(f"{len(missing)} cells, {at_once} at a time", total, "steps") as advance:
             # the longest first, so that no core waits at the end; the later rows of a table are the more elaborate ones
-            order = sorted(reversed(missing.items()), key=lambda item: -item[1].train.steps)
+            order = sorted(list(missing.items())[::-1], key=lambda item: -item[1].train.steps)
             waiting = {pool.submit(_worker, spec.model_dump_json(), cell[1]): cell for cell, spec in order}
             shown = 0
             while waiting:
