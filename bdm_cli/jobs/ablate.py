@@ -103,8 +103,11 @@ def _fill(missing: dict[tuple[str, int], Recipe], jobs: int) -> None:
     try:
         with output.progress(f"{len(missing)} cells, {at_once} at a time", total, "steps") as advance:
             # the longest first, so that no core waits at the end; the later rows of a table are the more elaborate ones
-            order = sorted(list(missing.items())[::-1], key=lambda item: -item[1].train.steps)
-            waiting = {pool.submit(_worker, spec.model_dump_json(), cell[1]): cell for cell, spec in order}
+            work = {cell: (spec.train.steps, row) for row, (cell, spec) in enumerate(missing.items())}
+            waiting = {
+                pool.submit(_worker, missing[cell].model_dump_json(), cell[1]): cell
+                for cell in sorted(missing, key=work.get, reverse=True)
+            }
             shown = 0
             while waiting:
                 ended, _ = concurrent.futures.wait(waiting, POLL_S, concurrent.futures.FIRST_COMPLETED)
