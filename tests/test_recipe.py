@@ -88,7 +88,7 @@ def test_the_recipe_of_a_teacher():
     [
         ([], ""),
         (["train.lr=1e-3", "method.tau=0.09", "method.lrm_k=4", "train.steps=400"], ""),
-        (["train.lr=0.0010", "method.tau=9e-2", "method.lrm_k=4.0", "sample.eta=0"], ""),
+        (["train.lr=0.0010", "method.tau=9e-2", "method.lrm_k=4.0", "sample.eta=1"], ""),
         (["method.name=binarydm", "train.lr_schedule='cosine'", 'train.lr_schedule="cosine"'], ""),
         (["method.tau=9e-3"], "+method.tau=0.009"),
         (["method.tau=0.009"], "+method.tau=0.009"),
@@ -208,7 +208,7 @@ def test_the_digest_follows_the_values_not_how_they_came_about(tiny_recipe: Call
     assert recipe.from_json(tiny_recipe().model_dump_json()).digest == tiny_recipe().digest
 
 
-@pytest.mark.parametrize("same", ["method.lrm_k=4.0", "method.tau=0.09", "train.lr=0.001", "sample.eta=0"])
+@pytest.mark.parametrize("same", ["method.lrm_k=4.0", "method.tau=0.09", "train.lr=0.001", "sample.eta=1"])
 def test_one_id_has_one_digest(same: str):
     base, other = load("digits-w1a4"), load("digits-w1a4", [same])
     assert other.id == base.id
@@ -384,7 +384,7 @@ def test_a_run_with_the_files_own_sampling_has_the_files_id():
 
 def test_a_run_by_recipe_takes_the_sampling_of_the_recipe():
     stored = load("digits-w1a4", ["sample.steps=10"])
-    like = load("digits-w1a4", ["sample.eta=1", "evaluate.n_reference=5"])
+    like = load("digits-w1a4", ["sample.eta=0.5", "evaluate.n_reference=5"])
     spec = recipe.of_run(stored, [], like)
     assert (spec.sample, spec.evaluate, spec.train) == (like.sample, like.evaluate, stored.train)
     assert spec.id == like.id

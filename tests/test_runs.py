@@ -55,7 +55,7 @@ def test_the_seed_in_a_run_id(run_id: str, seed: int):
 
 
 def test_samples_of_other_settings_lie_elsewhere():
-    settings = ["steps=10", "eta=1", "eta=0.5", "to_bytes=truncate", "n_images=10"]
+    settings = ["steps=10", "eta=0", "eta=0.5", "to_bytes=truncate", "n_images=10"]
     specs = [recipe.load("digits-w1a4"), *(recipe.load("digits-w1a4", [f"sample.{text}"]) for text in settings)]
     assert len({runs.samples_npz(spec, "r-s0") for spec in specs}) == len(specs)
     same = recipe.load("digits-w1a4", ["sample.batch=7", "sample.shard=9"])

@@ -44,7 +44,7 @@ def test_the_training_images_of_a_recipe():
     assert training_images(spec).shape == (1797, 16, 16, 1)
     assert np.array_equal(reference_images(spec), training_images(spec))
     with pytest.raises(BdmError, match=r"digits are \(16, 16, 1\).*wants \(32, 32, 1\)"):
-        training_images(recipe.load("digits-w1a4", ["data.image_size=32"]))
+        training_images(recipe.load("digits-w1a4", ["data.image_size=32", "unet.arguments.sample_size=32"]))
 
 
 def test_other_data_sets_are_not_read_yet():
@@ -400,7 +400,7 @@ def test_images_of_mixed_sizes(folders: Path):
 
 def test_images_of_another_size_than_the_recipes(folders: Path):
     with pytest.raises(BdmError, match=r"\(32, 32, 3\).*wants \(64, 64, 3\)"):
-        training_images(recipe.load("cifar10", ["data.image_size=64"]))
+        training_images(recipe.load("cifar10", ["data.image_size=64", "unet.arguments.sample_size=64"]))
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n"])

@@ -212,7 +212,8 @@ def test_text_from_files_is_escaped(home):
     assert evil in page(home).text
 
 
-def test_provenance_of_every_run(filled):
+def test_provenance_of_every_run(filled, monkeypatch):
+    monkeypatch.setenv("BDM_HOME", str(filled))
     text = page(filled).text
     (record, *_) = records.read()
     for part in (record.commit, record.machine, record.time[:10], f"torch {record.versions['torch']}"):
