@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -150,6 +150,8 @@ def _train(spec: Recipe, seed: int, run_id: str, built: Built, batches: Batches,
         teacher.to(device)
         output.say(f"{run_id}: calibrating on the first batch")
         method.calibrate_(bare, teacher, (_to(batches(step), device).inputs for step in itertools.count()))
+        for buffer in method.state.buffers():  # every process saw its own part of the batch
+            buffer.copy_(broadcast(buffer))
     average = AveragedModel(bare, multi_avg_fn=_averaging(t.ema)) if t.ema and t.steps else None
     state = State(run_id, bare, average, method)
     done, wall_s, optimizer_state = state.restore(t.steps)
