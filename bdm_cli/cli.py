@@ -144,12 +144,7 @@ def sample(
 def evaluate(
     run: RunId = None,
     recipe: AnyRecipe = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            "--images", help="An ADM-style npz or a folder of images, scored against --recipe (default: digits)."
-        ),
-    ] = None,
+    images: Images = None,
     method: MethodName = None,
     overrides: Overrides = None,
     seed: Seed = 0,
@@ -163,6 +158,8 @@ def evaluate(
     from bdm_cli import runs
 
     if images is not None:
+        if run or method:
+            raise BdmError("--images is scored against --recipe alone.\n  leave out --run and --method")
         spec, run_id = recipes.load(recipe or "digits", overrides or []), None
     else:
         spec, run_id = runs.target(run, recipe, method, overrides or [], seed)

@@ -13,7 +13,7 @@ def locate(path: str) -> Path:
     """'package:x' lies in the package's weights folder; anything else below the home directory, unless absolute."""
     if path.startswith(PACKAGE):
         return Path(__file__).resolve().parent / "weights" / path.removeprefix(PACKAGE)
-    return runs.home() / path
+    return runs.home() / Path(path).expanduser()
 
 
 def missing(recipe: Recipe) -> list[str]:

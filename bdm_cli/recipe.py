@@ -7,6 +7,7 @@ in the method's own file.
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,12 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-PLACES = {"data.path", "teacher.path", "first_stage.path", "evaluate.reference"}
-"""Keys that say where an input lies."""
+PLACES = {"data.path", "first_stage.path"}
+"""Keys that say where an input lies whose content the data set's name fixes."""
+
+FILES = {"teacher.path", "evaluate.reference"}
+"""Keys that name a file whose content changes results: part of the id when overridden (by the file's name and a hash of
+its path), but not of the digest, since the same file may lie elsewhere on another machine."""
 
 NEUTRAL = (
     PLACES
@@ -174,7 +179,9 @@ class Recipe(Section):
         return method
 
     @pydantic.model_validator(mode="after")
-    def _network_fits_the_images(self) -> "Recipe":
+    def _parts_fit_each_other(self) -> "Recipe":
+        if self.sample.steps > self.scheduler.n_timesteps:
+            raise ValueError(f"sample.steps: at most {self.scheduler.n_timesteps} (given {self.sample.steps})")
         arguments, data = self.unet.arguments, self.data
         given = tuple(arguments.get(key) for key in ("sample_size", "in_channels"))
         if self.first_stage is None and given != (data.image_size, data.channels):
@@ -185,7 +192,13 @@ class Recipe(Section):
         return self
 
     def pretraining(self) -> "Recipe":
-        """The recipe that makes this one's teacher: the same network and data, from scratch, with its [pretrain]."""
+        """The recipe that makes this one's teacher: the same network and data, from scratch, with its [pretrain].
+
+        Raises: BdmError for overrides that it would ignore.
+        """
+        ignored = [key for key in self.overrides if key.split(".")[0] in ("train", "method", "teacher")]
+        if ignored:
+            raise BdmError(f"pretraining takes no {ignored[0]}.\n  its budget is [pretrain]: --set pretrain.steps=...")
         changes = {
             "name": f"{self.name}-teacher",
             "train": self.pretrain,
@@ -211,7 +224,7 @@ class Recipe(Section):
         Values equal to the schema's default are left out, so that a new key does not make old records strangers.
         """
         values = _flatten(self.model_dump(mode="json", exclude_defaults=True, exclude={"name", "overrides"}))
-        told = {k: _printed(v) for k, v in values.items() if k not in NEUTRAL}
+        told = {k: _printed(v) for k, v in values.items() if k not in NEUTRAL | FILES}
         text = json.dumps(told, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -220,7 +233,14 @@ class Recipe(Section):
 
 
 def _suffix(overrides: dict[str, Any]) -> str:
-    return "".join(sorted(f"+{key}={_printed(value)}" for key, value in overrides.items()))
+    return "".join(
+        sorted(f"+{key}={_file(value) if key in FILES else _printed(value)}" for key, value in overrides.items())
+    )
+
+
+def _file(path: Any) -> str:
+    """A path, short and fit for a file name."""
+    return f"{Path(str(path)).stem[:24]}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
 
 
 def _printed(value: Any) -> str:
@@ -245,11 +265,12 @@ def names() -> dict[str, Path]:
 def load(name: str, overrides: Sequence[str] = (), method: str | None = None) -> Recipe:
     """The recipe called `name` (or at that path), with `--set` overrides, each 'section.key=TOML value'.
 
-    method: the method to use in place of the recipe's own; the recipe `<name>-<method>` if there is one.
+    method: the method to use in place of the recipe's own: the sibling recipe of that method if there is one, else this
+        recipe with the method's defaults.
     Raises: BdmError that lists every fault, with its dotted key and the value given.
     """
-    if method is not None and f"{name}-{method}" in names():
-        name, method = f"{name}-{method}", None
+    if method is not None and _sibling(name, method) in names():
+        name, method = _sibling(name, method), None
     table = _read(name)
     given = dict(_parse(text) for text in overrides)
     switched = {}
@@ -263,9 +284,24 @@ def load(name: str, overrides: Sequence[str] = (), method: str | None = None) ->
     return _check({**table, "name": Path(name).stem, "overrides": changed})
 
 
-def from_json(text: str) -> Recipe:
-    """The recipe stored in a checkpoint's header or a run directory."""
-    return Recipe.model_validate_json(text, strict=True)
+def _sibling(name: str, method: str) -> str:
+    """The name of the recipe for the same data set and activation bits with another method, by the naming rule."""
+    found = re.fullmatch(r"(\w+)-w\d+a(\d+)(-\w+)?", name)
+    if not found:
+        return f"{name}-{method}"
+    dataset, bits = found[1], found[2]
+    special = {"fp": f"{dataset}-fp", "binarydm": f"{dataset}-w1a{bits}", "lsq": f"{dataset}-w2a{bits}-lsq"}
+    return special.get(method, f"{dataset}-w1a{bits}-{method}")
+
+
+def from_json(text: str, where: str = "the text") -> Recipe:
+    """The recipe stored in a checkpoint's header or a run directory (`where`). Raises: BdmError if it is none."""
+    try:
+        return Recipe.model_validate_json(text, strict=True)
+    except pydantic.ValidationError as error:
+        raise BdmError(
+            f"{where} holds no recipe of this version ({error.error_count()} faults).\n  make it again"
+        ) from None
 
 
 def resolved(spec: Recipe) -> dict[str, Any]:
@@ -281,9 +317,10 @@ def of_run(stored: Recipe, overrides: Sequence[str], like: Recipe | None = None)
     table = stored.model_dump(mode="json")
     if like is not None:
         table |= {section: like.model_dump(mode="json")[section] for section in AFTER_TRAINING}
+        table["data"]["path"] = like.data.path
     for text in overrides:
         key, value = _parse(text)
-        if key.split(".")[0] not in AFTER_TRAINING and key not in PLACES:
+        if key.split(".")[0] not in AFTER_TRAINING and key != "data.path":
             raise BdmError(
                 f"'{key}' was fixed when the run was trained.\n  allowed here: sample.*, evaluate.*, data.path"
             )

@@ -84,6 +84,14 @@ def cache_dir() -> Path:
     return runs_dir() / "cache"
 
 
+def stored_recipe(run_id: str) -> Recipe:
+    """The recipe a run was started with. Raises: BdmError if its file is missing or damaged."""
+    path = recipe_copy(run_id)
+    if not path.exists():
+        raise BdmError(f"run '{run_id}' has no recipe.json ({path}).\n  remove the run and train it again")
+    return recipe.from_json(path.read_text(), str(path))
+
+
 def existing(run_id: str) -> Path:
     """The directory of a run that has finished weights. Raises: BdmError naming the finished runs."""
     if not weights(run_id).exists():
@@ -109,7 +117,7 @@ def target(
         like, overrides = recipe.load(name, overrides, method), ()
         run_id = like.run_id(seed)
     existing(run_id)
-    stored = recipe.from_json(recipe_copy(run_id).read_text())
+    stored = stored_recipe(run_id)
     return recipe.of_run(stored, overrides, like), run_id
 
 

@@ -61,7 +61,7 @@ def load(path: Path) -> Loaded:
     tensors, header = tensorfile.read(path)
     if "recipe" not in header or "step" not in header:
         raise BdmError(f"{path} is not a model that bdm wrote (no recipe in its header).\n  give a file of `bdm train`")
-    spec, step = recipe.from_json(header["recipe"]), int(header["step"])
+    spec, step = recipe.from_json(header["recipe"], str(path)), int(header["step"])
     method, student = methods.build(spec), build_unet(spec.unet)
     method.quantize_(student)
     method.on_step_(student, step, spec.train.steps)

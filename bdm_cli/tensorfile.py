@@ -13,7 +13,14 @@ from bdm_cli.errors import BdmError
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Raises: BdmError if the file cannot be written."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    runs.write_whole(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+
+    def save(temporary: Path) -> None:
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata)
+        except safetensors.SafetensorError as error:  # its form of a full disk
+            raise OSError(str(error)) from None
+
+    runs.write_whole(path, save)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

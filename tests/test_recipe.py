@@ -104,9 +104,10 @@ def test_the_recipe_of_a_teacher():
         (["train.steps=10", "train.steps=20"], "+train.steps=20"),
         (["train.steps=10", "train.steps=400"], ""),
         (['evaluate.metrics=["fid", "is"]'], "+evaluate.metrics=[fid,is]"),
-        (["data.path=/somewhere/else", "teacher.path=x", "sample.batch=3", "sample.shard=9"], ""),
+        (["data.path=/somewhere/else", "sample.batch=3", "sample.shard=9"], ""),
+        (["teacher.path=/a/b/mine.safetensors"], "+teacher.path=mine-9a8a94"),
         (["train.log_every=1", "train.grid_every=7", "train.checkpoint_every=9", "pretrain.log_every=3"], ""),
-        (["evaluate.reference=ref.npz"], ""),
+        (["evaluate.reference=ref.npz"], "+evaluate.reference=ref-b06e5d"),
     ],
 )
 def test_an_id_is_the_name_and_what_changes_results(overrides: list[str], suffix: str):
@@ -144,25 +145,54 @@ def test_method_picks_the_sibling_recipe():
     assert load("digits-w1a4", method="baseline").id == "digits-w1a4-baseline"
 
 
-def test_a_method_without_sibling_is_an_override():
-    spec = load("digits-w1a4-ebb", method="baseline")
-    assert spec.id == "digits-w1a4-ebb+method.name=baseline"
+@pytest.mark.parametrize(
+    ("name", "method", "sibling"),
+    [
+        ("digits-w1a4", "fp", "digits-fp"),
+        ("digits-w1a4", "lsq", "digits-w2a4-lsq"),
+        ("digits-w1a4-ebb", "baseline", "digits-w1a4-baseline"),
+        ("digits-w1a8-baseline", "binarydm", "digits-w1a8"),
+        ("digits-w2a32-lsq", "ebb", "digits-w1a32-ebb"),
+    ],
+)
+def test_a_method_picks_its_row(name: str, method: str, sibling: str):
+    assert load(name, method=method) == load(sibling)
+
+
+def test_a_method_without_sibling_is_an_override(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "digits-w1a4-ebb"\n')
+    spec = load(str(path), method="baseline")
+    assert spec.id == "mine+method.name=baseline"
     assert spec.method == {"name": "baseline", "activation_bits": 4, "edge_bits": 8, "attention_matmul": False}
     methods.build(spec)
-    fp = load("digits-w1a4", method="fp")
+    fp = load(str(path), method="fp")
     assert fp.method == {"name": "fp"}
     methods.build(fp)
 
 
-def test_an_override_of_another_method_is_in_the_id_although_the_recipes_own_method_has_that_value():
+def test_an_override_of_another_method_is_in_the_id_although_the_recipes_own_method_has_that_value(tmp_path: Path):
     """Another method starts from its defaults (here ebb_scope = 6), not from the recipe's fields (4)."""
-    plain = load("digits-w1a4-ebb", method="binarydm")
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "digits-w1a4-ebb"\n')
+    plain = load(str(path), method="binarydm")
     assert "ebb_scope" not in plain.method
     assert methods.build(plain).ebb_scope == 6
-    other = load("digits-w1a4-ebb", ["method.ebb_scope=4"], method="binarydm")
+    other = load(str(path), ["method.ebb_scope=4"], method="binarydm")
     assert methods.build(other).ebb_scope == 4
     assert other.run_id(0) != plain.run_id(0)
-    assert other.id == "digits-w1a4-ebb+method.ebb_scope=4+method.name=binarydm"
+    assert other.id == "mine+method.ebb_scope=4+method.name=binarydm"
+
+
+def test_pretraining_takes_no_training_overrides():
+    with pytest.raises(BdmError, match=r"pretraining takes no train\.steps"):
+        load("digits", ["train.steps=5"]).pretraining()
+    assert load("digits", ["pretrain.steps=5"]).pretraining().train.steps == 5
+
+
+def test_more_sampling_steps_than_there_are():
+    with pytest.raises(BdmError, match=r"sample\.steps: at most 1000 \(given 2000\)"):
+        load("digits-w1a4", ["sample.steps=2000"])
 
 
 def test_a_child_with_another_method_keeps_the_shared_keys_only():

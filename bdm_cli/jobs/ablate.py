@@ -1,9 +1,12 @@
 """`bdm ablate`: train, sample and evaluate what a table of the paper still lacks, and print it beside the paper's."""
 
 import concurrent.futures
+import datetime
 import multiprocessing
 import os
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 
 import pandas as pd
@@ -11,6 +14,7 @@ import pandas as pd
 from bdm_cli import inputs, methods, output, recipe, records, runs
 from bdm_cli.errors import BdmError, unknown
 from bdm_cli.jobs import evaluate, sample, train
+from bdm_cli.metrics.features import load_features
 from bdm_cli.paper.ablations import ABLATIONS, Variant
 from bdm_cli.paper.tables import Row, beside
 from bdm_cli.recipe import Recipe
@@ -44,12 +48,24 @@ def run(
         methods.build(row.spec)
         inputs.require(row.spec)
     wanted = {(row.spec.id, seed): row.spec for row in rows for seed in range(seeds)}
-    done = _done(anew)
-    missing = {cell: spec for cell, spec in wanted.items() if not _complete(spec, cell[1], done)}
+    done = records.newest(records.read())
+    missing = {cell: spec for cell, spec in wanted.items() if not _complete(spec, cell[1], done, anew)}
     output.say(f"ablate {name}: {len(wanted)} cells, {len(wanted) - len(missing)} done, {len(missing)} to run")
     if missing:
+        _check_scoring(missing.values())
         _fill(missing, jobs)
     return beside(records.read(), ablation.tables, rows)
+
+
+def _check_scoring(specs: Iterable[Recipe]) -> None:
+    """What the evaluation needs, before the training. Raises: BdmError if it is not there."""
+    for name in {spec.evaluate.features for spec in specs}:
+        load_features(name)
+    for reference in {spec.evaluate.reference for spec in specs} - {""}:
+        if not inputs.locate(reference).exists():
+            raise BdmError(
+                f"evaluate.reference: there is nothing at {inputs.locate(reference)}.\n  give an npz or a folder"
+            )
 
 
 def _row(base: str, variant: Variant, overrides: Sequence[str]) -> Row:
@@ -60,20 +76,25 @@ def _row(base: str, variant: Variant, overrides: Sequence[str]) -> Row:
 
 
 def _recipe(base: str, variant: Variant, overrides: Sequence[str]) -> Recipe:
-    """The recipe of a row. Full precision is `<dataset>-fp` whatever the bits of the base are."""
+    """The recipe of a row. Full precision is `<dataset>-fp`, untrained, whatever the base's bits and budget."""
     if variant.method == "fp":
-        return recipe.load(f"{base.split('-')[0]}-fp", overrides)
+        dataset = recipe.load(base).data.dataset
+        return recipe.load(f"{dataset}-fp", [text for text in overrides if not text.startswith(("train.", "method."))])
     return recipe.load(base, [*overrides, *variant.overrides], variant.method)
 
 
-def _done(anew: bool) -> dict[tuple[str, int, str], records.Record]:
-    measured = [r for r in records.read() if not anew or runs.weights(r.run).exists()]
-    return records.newest(measured)
-
-
-def _complete(spec: Recipe, seed: int, done: dict[tuple[str, int, str], records.Record]) -> bool:
+def _complete(spec: Recipe, seed: int, done: dict[tuple[str, int, str], records.Record], anew: bool) -> bool:
+    """Whether every metric of a cell has a record of today's recipe; with `anew`, of the images that lie here."""
     found = [done.get((spec.id, seed, metric)) for metric in spec.evaluate.metrics]
-    return all(record is not None and record.digest == spec.digest for record in found)
+    if not all(record is not None and record.digest == spec.digest for record in found):
+        return False
+    images = runs.samples_npz(spec, spec.run_id(seed))
+    if not anew:
+        return True
+    if not images.exists():
+        return False
+    made = int(images.stat().st_mtime)  # records have whole seconds
+    return all(datetime.datetime.fromisoformat(record.time).timestamp() >= made for record in found)
 
 
 def complete(spec: Recipe, seed: int) -> None:
@@ -83,9 +104,20 @@ def complete(spec: Recipe, seed: int) -> None:
     evaluate.run(spec, sample.run(spec, run_id), run_id)
 
 
+def _end_with(parent: int) -> None:
+    """A worker ends within a second of its parent, however that ended; its run goes on from its checkpoint."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _worker(spec_json: str, seed: int) -> None:
     os.environ["BDM_QUIET"] = "1"
-    complete(recipe.from_json(spec_json), seed)
+    complete(recipe.from_json(spec_json, "the worker's order"), seed)
 
 
 def _fill(missing: dict[tuple[str, int], Recipe], jobs: int) -> None:
@@ -99,7 +131,9 @@ def _fill(missing: dict[tuple[str, int], Recipe], jobs: int) -> None:
         return
     total = sum(max(spec.train.steps, 1) for spec in missing.values())
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(min(at_once, len(missing)), mp_context=context)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(at_once, len(missing)), mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
+    )
     try:
         with output.progress(f"{len(missing)} cells, {at_once} at a time", total, "steps") as advance:
             # the longest first, so that no core waits at the end; the later rows of a table are the more elaborate ones

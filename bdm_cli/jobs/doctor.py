@@ -22,10 +22,12 @@ def run() -> pd.DataFrame:
         rows.append(("GPU", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}", ""))
     else:
         rows.append(("GPU", "none", "not needed; the recipes beyond digits are slow without one"))
-    rows.append(("Home", str(runs.home().resolve()), "set BDM_HOME to keep runs/ and results/ elsewhere"))
-    writable = os.access(runs.home(), os.W_OK)
+    home = runs.home().resolve()
+    nearest = next(folder for folder in (home, *home.parents) if folder.exists())  # the home is made when needed
+    rows.append(("Home", str(home), "set BDM_HOME to keep runs/ and results/ elsewhere"))
+    writable = os.access(nearest, os.W_OK)
     rows.append(("Writable", "yes" if writable else "no", "" if writable else "choose another BDM_HOME"))
-    free = shutil.disk_usage(runs.home()).free / 2**30
+    free = shutil.disk_usage(nearest).free / 2**30
     rows.append(("Disk", f"{free:.0f} GiB free", ""))
     board = importlib.util.find_spec("tensorboard") is not None
     rows.append(("TensorBoard", "installed" if board else "not installed", "" if board else "pip install tensorboard"))

@@ -17,7 +17,6 @@ import jinja2
 import matplotlib
 import numpy as np
 import pandas as pd
-import pydantic
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -25,7 +24,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from bdm_cli import output, recipe, records, runs
-from bdm_cli.errors import BdmError, unknown
+from bdm_cli.errors import unknown
 from bdm_cli.paper import tables
 from bdm_cli.records import Record
 
@@ -464,13 +463,7 @@ def _outdated(measured: Sequence[Record]) -> list[str]:
 
 def _batch(run_id: str) -> int | str:
     """The training batch of a run; '' if its directory is not here. Raises: BdmError for an unreadable recipe."""
-    path = runs.recipe_copy(run_id)
-    if not path.exists():
-        return ""
-    try:
-        return recipe.from_json(path.read_text()).train.batch
-    except pydantic.ValidationError as error:
-        raise BdmError(f"{path} is not a recipe:\n{error}\n  mend it, or move that run directory away") from None
+    return runs.stored_recipe(run_id).train.batch if runs.recipe_copy(run_id).exists() else ""
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------

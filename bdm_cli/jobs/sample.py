@@ -23,8 +23,6 @@ def run(spec: Recipe, run_id: str) -> Path:
     Raises: BdmError if the run is not finished, its latents cannot be decoded, or the settings are impossible.
     """
     s = spec.sample
-    if s.steps > spec.scheduler.n_timesteps:
-        raise BdmError(f"sample.steps: at most {spec.scheduler.n_timesteps} (given {s.steps})")
     if spec.first_stage is not None:
         raise BdmError(
             f"this version cannot decode latents of '{spec.first_stage.name}'.\n  it samples pixel-space models"

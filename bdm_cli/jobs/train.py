@@ -287,14 +287,14 @@ class Log:
         self.step_s.append(now - self.last)
         self.last = now
         self.pending.append({"loss": sum(parts.values())} | {f"loss_{name}": value for name, value in parts.items()})
-        if done % self.every == 0 and self.accelerator.is_main_process:
+        if (done % self.every == 0 or done in LOSS_STEPS) and self.accelerator.is_main_process:
             means = {k: float(np.mean([p[k] for p in self.pending if k in p])) for k in self.pending[-1]}
             runs.append_line(self.path, {"step": done, **means, "lr": lr, "wall_s": round(self.wall_s, 3)})
             self.accelerator.log(means | {"lr": lr}, step=done)
             self.pending = []
 
     def records(self, spec: Recipe, seed: int, device: str) -> None:
-        """One record per step in LOSS_STEPS: the mean of the losses over the last tenth of the steps up to it."""
+        """One record per step in LOSS_STEPS: the mean over the logged lines of the last tenth of the steps up to it."""
         lines = runs.read_lines(self.path)
         for target in (n for n in LOSS_STEPS if n <= spec.train.steps):
             near = [line for line in lines if 0.9 * target < line["step"] <= target]
@@ -341,7 +341,7 @@ def _unfinished(spec: Recipe, run_id: str, resume: bool) -> bool:
             f"run '{run_id}' exists ({state}).\n"
             f"  go on with --resume, use another --seed, or remove {runs.run_dir(run_id)}"
         )
-    changed = recipe.difference(recipe.from_json(stored.read_text()), spec)
+    changed = recipe.difference(runs.stored_recipe(run_id), spec)
     changed = [line for line in changed if line.split(".")[0] not in recipe.AFTER_TRAINING]
     if changed:
         text = "\n".join(f"  {line}" for line in changed)

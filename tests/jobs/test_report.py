@@ -261,7 +261,7 @@ def test_a_started_run_without_a_log(home):
 
 def test_a_recipe_that_cannot_be_read_is_named(home):
     runs.write_text(runs.recipe_copy("digits-w1a4-s0"), "{}")
-    with pytest.raises(BdmError, match=r"digits-w1a4-s0/recipe\.json is not a recipe"):
+    with pytest.raises(BdmError, match=r"digits-w1a4-s0/recipe\.json holds no recipe"):
         report.run()
 
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,8 +30,9 @@ def train(*options: str) -> subprocess.Popen:
 def uninterrupted(home, tiny_teacher, monkeypatch, tmp_path) -> dict[str, torch.Tensor]:
     """The weights of a run that nothing stopped, made in another home."""
     other = tmp_path / "other"
+    shutil.copytree(home, other)
     monkeypatch.setenv("BDM_HOME", str(other))
-    process = train("--set", f"teacher.path={tiny_teacher}")
+    process = train()
     assert process.wait() == 0, process.stderr.read()
     tensors, _ = tensorfile.read(runs.weights(RUN))
     monkeypatch.setenv("BDM_HOME", str(home))
