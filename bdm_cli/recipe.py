@@ -335,9 +335,9 @@ def of_run(stored: Recipe, overrides: Sequence[str], like: Recipe | None = None)
 
 def difference(a: Recipe, b: Recipe) -> list[str]:
     """Dotted keys in which two recipes differ, with both values; neutral keys are not compared."""
-    left, right = _flatten(a.model_dump(mode="json")), _flatten(b.model_dump(mode="json"))
+    left, right = resolved(a), resolved(b)
     keys = sorted(k for k in left.keys() | right.keys() if k not in NEUTRAL and left.get(k) != right.get(k))
-    return [f"{key}: {left.get(key)!r} / {right.get(key)!r}" for key in keys if not key.startswith("overrides")]
+    return [f"{key}: {left.get(key)!r} / {right.get(key)!r}" for key in keys]
 
 
 def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from bdm_cli import recipe
 from bdm_cli.errors import BdmError, unknown
@@ -181,14 +182,19 @@ def append_line(path: Path, line: dict) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)  # a line that a kill cut off
+            if file.seek(0, os.SEEK_END) and not _ends_a_line(file):
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)  # a line that a kill cut off
             file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise BdmError(f"cannot write {path} ({error.strerror or error}).\n  free or choose another place") from None
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def read_lines(path: Path) -> list[dict]:

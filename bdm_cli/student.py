@@ -40,6 +40,12 @@ def build(spec: Recipe, seed: int, random_teacher: bool = False) -> Built:
     return Built(teacher, student.train(), method)
 
 
+def use_threads(spec: Recipe) -> None:
+    """The recipe's number of CPU threads, on which the rounding of sums depends; 0 leaves torch's default."""
+    if spec.train.threads:
+        torch.set_num_threads(spec.train.threads)
+
+
 def save(path: Path, student: nn.Module, spec: Recipe, seed: int, step: int) -> None:
     """Write the weights with the resolved recipe in the header."""
     header = {"recipe": spec.model_dump_json(), "seed": str(seed), "step": str(step)}

@@ -1,12 +1,16 @@
 """From noise to images: one random generator per image, so that an image does not depend on its neighbours."""
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from bdm_cli.diffusion.models import estimate_noise
+from bdm_cli.diffusion.models import estimate_noise, noise_scheduler
+from bdm_cli.recipe import Recipe
 
 
 def noise_streams(seed: int, indices: range) -> list[np.random.Generator]:
@@ -65,6 +69,23 @@ def images(
     filled = streams + [np.random.default_rng(0)] * (batch - len(streams))
     x = ddim(unet, scheduler, draw(filled, shape).to(device), steps, eta, filled)
     return to_bytes(x[: len(indices)], how)
+
+
+def of_recipe(spec: Recipe, unet: nn.Module, batch: int, seed: int) -> Callable[[range], np.ndarray]:
+    """`images` with the sampler's settings and the network's input shape of a recipe, on the network's device."""
+    arguments, s = spec.unet.arguments, spec.sample
+    return functools.partial(
+        images,
+        unet,
+        noise_scheduler(spec.scheduler),
+        shape=(arguments["in_channels"], arguments["sample_size"], arguments["sample_size"]),
+        steps=s.steps,
+        eta=s.eta,
+        batch=batch,
+        seed=seed,
+        how=s.to_bytes,
+        device=next(unet.parameters()).device,
+    )
 
 
 def grid(pictures: np.ndarray, columns: int = 8, tile: int = 48) -> Image.Image:

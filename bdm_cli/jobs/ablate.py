@@ -88,9 +88,9 @@ def _complete(spec: Recipe, seed: int, done: dict[tuple[str, int, str], records.
     found = [done.get((spec.id, seed, metric)) for metric in spec.evaluate.metrics]
     if not all(record is not None and record.digest == spec.digest for record in found):
         return False
-    images = runs.samples_npz(spec, spec.run_id(seed))
     if not anew:
         return True
+    images = runs.samples_npz(spec, spec.run_id(seed))
     if not images.exists():
         return False
     made = int(images.stat().st_mtime)  # records have whole seconds

@@ -58,14 +58,12 @@ def run(table: str | None = None) -> pd.DataFrame:
         raise unknown("table", table, (*specs, OTHER))
     measured = records.read()
     long = tables.long(measured)
-    frames = {id: tables.table(id, measured) for id in specs}
+    frames = {id: tables.layout(spec, long) for id, spec in specs.items()}
     other = tables.other(measured)
     for id, spec in specs.items():
         _write(id, _markdown(spec, frames[id]), long[long["table"] == id])
     if len(other):
-        _write(
-            OTHER, f"# Other runs\n\nMeasurements that no table of the paper has a place for.\n\n{_md(other)}\n", other
-        )
+        _write(OTHER, f"# Other runs\n\n{OTHER_LEGEND}\n\n{_md(other)}\n", other)
     page = runs.tables_dir().parent / "report.html"
     runs.write_text(page, _html(measured, long, specs, frames, other))
     if outdated := _outdated(measured):

@@ -1,6 +1,5 @@
 """`bdm sample`: a run's images, in shards that survive a kill, as an ADM-style npz and a grid."""
 
-import functools
 import time
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import torch
 
 from bdm_cli import output, runs, student
 from bdm_cli.diffusion import sampling
-from bdm_cli.diffusion.models import noise_scheduler
 from bdm_cli.errors import BdmError
 from bdm_cli.recipe import Recipe
 
@@ -33,8 +31,7 @@ def run(spec: Recipe, run_id: str) -> Path:
         output.say(f"{run_id}: {s.n_images} images are there already: {path}")
         return path
     with runs.claim(f"{run_id}/samples/{path.parent.name}"):
-        if spec.train.threads:
-            torch.set_num_threads(spec.train.threads)
+        student.use_threads(spec)
         return _sample(spec, run_id, path)
 
 
@@ -43,21 +40,7 @@ def _sample(spec: Recipe, run_id: str, path: Path) -> Path:
     start = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     unet = student.load_run(run_id).student.to(device)
-    scheduler = noise_scheduler(spec.scheduler)
-    arguments = spec.unet.arguments
-    shape = (arguments["in_channels"], arguments["sample_size"], arguments["sample_size"])
-    draw = functools.partial(
-        sampling.images,
-        unet,
-        scheduler,
-        shape=shape,
-        steps=s.steps,
-        eta=s.eta,
-        batch=s.batch,
-        seed=runs.seed(run_id),
-        how=s.to_bytes,
-        device=device,
-    )
+    draw = sampling.of_recipe(spec, unet, s.batch, runs.seed(run_id))
     shards = [range(first, min(first + s.shard, s.n_images)) for first in range(0, s.n_images, s.shard)]
     with output.progress(f"sampling {run_id}", s.n_images, "images") as advance:
         for shard in shards:

@@ -58,7 +58,7 @@ def run(spec: Recipe, seed: int = 0, resume: bool = False) -> Path:
         if not _unfinished(spec, run_id, resume):
             output.say(f"{run_id} is finished already: {runs.weights(run_id)}")
             return runs.weights(run_id)
-        _set_threads(spec.train)
+        student.use_threads(spec)
         built = student.build(spec, seed)
         runs.write_text(runs.recipe_copy(run_id), spec.model_dump_json(indent=2))
         return _train(spec, seed, run_id, built, image_batches(spec, seed)).weights
@@ -71,7 +71,7 @@ def rehearse(spec: Recipe, steps: int) -> pd.DataFrame:
     """
     short = {"steps": steps, "checkpoint_every": max(steps, 1), "grid_every": 0, "log_every": 1}
     trial = spec.model_copy(update={"train": spec.train.model_copy(update=short)})
-    _set_threads(spec.train)
+    student.use_threads(spec)
     with tempfile.TemporaryDirectory() as folder, runs.home_at(folder):
         run_id = f"rehearsal-{spec.name}"
         with runs.claim(run_id):
@@ -179,9 +179,10 @@ def _train(spec: Recipe, seed: int, run_id: str, built: Built, batches: Batches,
             parts = {"simple": losses.noise_loss(estimate.float(), noise, t.loss)}
             parts |= method.losses(Forward(bare, step, *([f.float() for f in part] for part in features)))
             loss = torch.stack(list(parts.values())).sum()
-            if not math.isfinite(loss.item()):
+            values = {name: part.item() for name, part in parts.items()}
+            if not math.isfinite(sum(values.values())):
                 raise BdmError(
-                    f"{run_id}: the loss is {loss.item()} at step {step + 1}; the last checkpoint is kept.\n"
+                    f"{run_id}: the loss is {sum(values.values())} at step {step + 1}; the last checkpoint is kept.\n"
                     "  lower train.lr or use train.precision=no, in a run of its own (--set or --seed)"
                 )
             lr = t.lr * _lr_factor(t, step)
@@ -197,8 +198,8 @@ def _train(spec: Recipe, seed: int, run_id: str, built: Built, batches: Batches,
                 average.update_parameters(bare)
                 method.on_step_(average.module, done, t.steps)
             method.on_step_(bare, done, t.steps)
-            log(done, {name: part.item() for name, part in parts.items()}, lr)
-            advance(1, f"loss {parts['simple'].item():.4f}")
+            log(done, values, lr)
+            advance(1, f"loss {values['simple']:.4f}")
             if main and t.grid_every and done % t.grid_every == 0:
                 _write_grid(average.module if average is not None else bare, spec, run_id, done)
             last = done == t.steps
@@ -355,20 +356,7 @@ def _unfinished(spec: Recipe, run_id: str, resume: bool) -> bool:
 def _write_grid(unet: nn.Module, spec: Recipe, run_id: str, done: int) -> None:
     """A few images of the student under training, the same noise each time."""
     training = unet.training
-    shape = (spec.unet.arguments["in_channels"], *[spec.unet.arguments["sample_size"]] * 2)
-    s = spec.sample
-    pictures = sampling.images(
-        unet.eval(),
-        noise_scheduler(spec.scheduler),
-        range(GRID_IMAGES),
-        shape=shape,
-        steps=s.steps,
-        eta=s.eta,
-        batch=GRID_IMAGES,
-        seed=0,
-        how=s.to_bytes,
-        device=next(unet.parameters()).device,
-    )
+    pictures = sampling.of_recipe(spec, unet.eval(), GRID_IMAGES, seed=0)(range(GRID_IMAGES))
     unet.train(training)
     path = runs.run_dir(run_id) / "grids" / f"step-{done:07d}.png"
     runs.write_whole(path, lambda temporary: sampling.grid(pictures).save(temporary))
@@ -393,11 +381,6 @@ def _averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], N
         torch._foreach_lerp_(ema, values, 1 - d)
 
     return average
-
-
-def _set_threads(t: Training) -> None:
-    if t.threads:
-        torch.set_num_threads(t.threads)
 
 
 def _rank() -> tuple[int, int]:

@@ -113,9 +113,12 @@ def table(id: str, records: Sequence[Record]) -> pd.DataFrame:
     known = specs()
     if id not in known:
         raise unknown("table", id, known)
-    spec = known[id]
-    lines, printed = long(records), cells()
-    lines = lines.assign(printed=printed["value"])[lines["table"] == id]
+    return layout(known[id], long(records))
+
+
+def layout(spec: TableSpec, lines: pd.DataFrame) -> pd.DataFrame:
+    """`table` from what `long` gave, which serves all tables."""
+    lines = lines.assign(printed=cells()["value"])[lines["table"] == spec.id]
     rows = list(dict.fromkeys(lines["row"]))
     frame = pd.DataFrame([row.split(" | ") for row in rows], columns=list(spec.labels))
     for column in spec.columns:
@@ -124,10 +127,15 @@ def table(id: str, records: Sequence[Record]) -> pd.DataFrame:
         for row in rows:
             for kind, text in zip(texts, _texts(found.get(row)), strict=True):
                 texts[kind].append(text)
-        for kind, values in texts.items():
-            if kind == "paper" or any(values):
-                frame[f"{column.name} {kind}"] = values
+        _append(frame, column, texts)
     return frame
+
+
+def _append(frame: pd.DataFrame, column: Column, texts: dict[str, list[str | None]]) -> None:
+    """Add a column's kinds to a frame, leaving out ours and digits where they are empty throughout."""
+    for kind, values in texts.items():
+        if kind == "paper" or any(values):
+            frame[f"{column.name} {kind}"] = values
 
 
 def other(records: Sequence[Record]) -> pd.DataFrame:
@@ -176,9 +184,7 @@ def beside(records: Sequence[Record], ids: Sequence[str], rows: Sequence[Row]) -
             text = _written(spread["_mean"], spread["_std"], spread["_n"], decimals=2)
             kind = "digits" if row.spec.data.dataset == "digits" else "ours"
             texts[kind][i] = text + DAGGER * (key in short) or None
-        for kind, values in texts.items():
-            if kind == "paper" or any(values):
-                frame[f"{column.name} {kind}"] = values
+        _append(frame, column, texts)
     return frame
 
 
