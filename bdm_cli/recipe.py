@@ -16,22 +16,23 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from bdm_cli import pretrained
 from bdm_cli.errors import BdmError, nearest, unknown
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-PLACES = {"data.path", "first_stage.path"}
+PLACES = {"data.path", "data.latents", "first_stage.path"}
 """Keys that say where an input lies whose content the data set's name fixes."""
 
-FILES = {"teacher.path", "evaluate.reference"}
+FILES = {"model.pretrained", "evaluate.reference"}
 """Keys that name a file whose content changes results: part of the id when overridden (by the file's name and a hash of
 its path), but not of the digest, since the same file may lie elsewhere on another machine."""
 
 NEUTRAL = (
     PLACES
-    | {"summary", "data.get_it", "teacher.get_it", "first_stage.get_it", "sample.batch", "sample.shard"}
+    | {"summary", "data.get_it", "model.get_it", "first_stage.get_it", "sample.batch", "sample.shard"}
     | {
         f"{section}.{key}"
         for section in ("train", "pretrain")
@@ -51,14 +52,28 @@ class Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Data(Section):
-    """Training images. `path` is looked for below the home directory unless absolute; '' = embedded in the package."""
+Preparation = Literal["none", "square-bicubic", "box-crop", "adm-crop", "bilinear-crop"]
+"""How an image of any size becomes a square one (diffusion/prepare.py); none: it must have the right size already."""
 
-    dataset: Literal["digits", "cifar10", "bedrooms", "churches", "ffhq", "imagenet"]
+
+class Data(Section):
+    """Training images. `path` is looked for below the home directory unless absolute; '' = embedded in the package.
+
+    prepare, crop: how an image becomes image_size x image_size; a random crop is drawn anew at every use.
+    flip: half of the uses mirror the image.
+    corrupt: what to do with an image that cannot be decoded; 'skip' names each and goes on without it.
+    latents: where `bdm data prepare` puts the encoded images of a latent model; training uses them if they are there.
+    """
+
+    dataset: Literal["digits", "cifar10", "bedrooms", "churches", "ffhq", "imagenet", "folder"]
     path: str = ""
     image_size: Positive
     channels: Positive
+    prepare: Preparation = "none"
+    crop: Literal["centre", "random"] = "centre"
     flip: bool = False
+    corrupt: Literal["error", "skip"] = "error"
+    latents: str = ""
     get_it: str = ""
 
 
@@ -75,32 +90,70 @@ class Unet(Section):
     n_classes: NonNegative = 0
     arguments: dict[str, Any]
 
+    @property
+    def condition(self) -> Literal["none", "classes", "text"]:
+        """What the network is told beside x_t and t."""
+        if self.n_classes:
+            return "classes"
+        return "text" if self.kind == "UNet2DConditionModel" else "none"
+
+
+class FirstStageTraining(Section):
+    """Budget of a first stage trained from scratch (`bdm first-stage`): AdamW, cosine, squared error.
+
+    prior: weight of the posterior's divergence from N(0, 1) per latent number (AutoencoderKL), or of the codebook's
+        loss (VQModel).
+    """
+
+    steps: Positive
+    batch: Positive
+    lr: Annotated[float, Field(gt=0)]
+    prior: Annotated[float, Field(ge=0)]
+    threads: NonNegative = 0
+
 
 class FirstStage(Section):
-    """The autoencoder of a latent diffusion model. It is never trained nor quantized."""
+    """The autoencoder of a latent diffusion model, by its diffusers constructor's arguments; it is never quantized.
 
-    name: Literal["vq-f4", "kl-f8"]
+    path: a diffusers folder (config.json and weights), whose config holds the scaling factor.
+    """
+
+    kind: Literal["VQModel", "AutoencoderKL"]
     path: str
-    get_it: str
+    get_it: str = ""
+    arguments: dict[str, Any]
+    train: FirstStageTraining | None = None
+
+    @property
+    def factor(self) -> int:
+        """Side of an image / side of its latent."""
+        return 2 ** (len(self.arguments.get("block_out_channels", (0,))) - 1)
+
+    @property
+    def channels(self) -> int:
+        return self.arguments.get("latent_channels", 0)
 
 
 class Scheduler(Section):
     """The noise schedule, in diffusers' terms (DDIMScheduler)."""
 
-    beta_schedule: Literal["linear", "scaled_linear"]
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
     beta_start: float
     beta_end: float
     n_timesteps: Positive = 1000
     set_alpha_to_one: bool
-    steps_offset: int
+    steps_offset: Annotated[int, Field(ge=0, le=1)]
     clip_sample: bool = False
 
 
-class Teacher(Section):
-    """The full-precision model. `path`: 'package:...' lies inside the package, else below the home; '' = none:
-    the network is trained from scratch."""
+class Model(Section):
+    """The full-precision model (teacher, and the student's start).
 
-    path: str
+    pretrained: a file that `bdm pretrain` wrote, a diffusers folder (of `bdm import` or any other), or a hub id
+        (owner/name). 'package:...' lies inside the package, else below the home; '' = none: training from scratch.
+    """
+
+    pretrained: str
     get_it: str = ""
 
 
@@ -108,6 +161,7 @@ class Training(Section):
     """Budget and optimizer of one training: AdamW, gradient clipping, warm-up then constant or cosine, EMA.
 
     ema: decay of the weight average; its first steps use min(ema, (1 + n) / (10 + n)). 0 = no average.
+    drop_condition: share of training images whose class or caption is hidden, for classifier-free guidance.
     loss: of the noise estimate; `sum` adds over pixels and averages over the batch, `mean` averages over both (Eq. 4).
     threads: CPU threads of torch; 0 leaves torch's default. A fixed number makes a CPU result independent of the cores.
     """
@@ -123,6 +177,7 @@ class Training(Section):
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     ema: Fraction = 0.9999
     loss: Literal["mse", "mse-sum", "l1"] = "mse"
+    drop_condition: Fraction = 0.0
     precision: Literal["no", "bf16", "fp16"] = "no"
     threads: NonNegative = 0
     log_every: Positive = 10
@@ -131,11 +186,21 @@ class Training(Section):
 
 
 class Sample(Section):
-    """How images are made. eta: 0 = deterministic DDIM. to_bytes: how [-1, 1] becomes 0..255 (both are in use)."""
+    """How images are made (diffusion/sampling.py).
 
-    sampler: Literal["ddim"] = "ddim"
+    spacing: of DDIM's times; 'quad' is ermongroup's quadratic list. eta: 0 = deterministic DDIM.
+    guidance: scale of classifier-free guidance; 1 = none.
+    classes: which classes to draw, in equal shares; empty = all. prompts: the same for text-conditional networks.
+    to_bytes: how [-1, 1] becomes 0..255 (both are in use).
+    """
+
+    sampler: Literal["ddim", "plms", "dpm-solver"] = "ddim"
     steps: Positive = 100
+    spacing: Literal["uniform", "quad"] = "uniform"
     eta: Fraction = 0.0
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    classes: tuple[NonNegative, ...] = ()
+    prompts: tuple[str, ...] = ()
     n_images: Positive = 50_000
     batch: Positive = 64
     shard: Positive = 1000
@@ -146,11 +211,13 @@ class Evaluate(Section):
     """features: whose features serve the metrics. n_reference: real images for precision and recall; 0 = all.
 
     reference: an ADM-style npz or a folder of images in place of the training images; '' = the training images.
+    prepare: how the training images become the reference; it may differ from data.prepare, which serves training.
     """
 
     features: Literal["digits", "cifar10", "inception"]
     metrics: tuple[str, ...] = ("fid", "sfid", "is", "precision", "recall")
     reference: str = ""
+    prepare: Preparation = "none"
     n_reference: NonNegative = 10_000
 
 
@@ -163,9 +230,9 @@ class Recipe(Section):
     unet: Unet
     scheduler: Scheduler
     first_stage: FirstStage | None = None
-    teacher: Teacher
+    model: Model
     method: dict[str, Any]
-    pretrain: Training
+    pretrain: Training | None = None
     train: Training
     sample: Sample
     evaluate: Evaluate
@@ -180,30 +247,86 @@ class Recipe(Section):
 
     @pydantic.model_validator(mode="after")
     def _parts_fit_each_other(self) -> "Recipe":
-        if self.sample.steps > self.scheduler.n_timesteps:
-            raise ValueError(f"sample.steps: at most {self.scheduler.n_timesteps} (given {self.sample.steps})")
-        arguments, data = self.unet.arguments, self.data
+        faults = [*self._sampler_faults(), *self._condition_faults(), *self._shape_faults()]
+        if faults:
+            raise ValueError("\n  ".join(faults))
+        return self
+
+    def _sampler_faults(self) -> list[str]:
+        s, found = self.sample, []
+        n = self.scheduler.n_timesteps
+        stride = n // s.steps  # 0 if there are too many steps
+        last = stride and (n - 1) // stride * stride + self.scheduler.steps_offset
+        if s.steps > n:
+            found.append(f"sample.steps: at most {n} (given {s.steps})")
+        elif s.sampler != "dpm-solver" and s.spacing == "uniform" and last >= n:
+            found.append(
+                f"sample.steps: the original step list for {s.steps} contains time {n}, which the network does not "
+                "know (the original code fails there, too); use e.g. 20, 50, 100, 200, 250"
+            )
+        if s.sampler != "ddim" and s.eta:
+            found.append(f"sample.eta: is DDIM's; with {s.sampler} it must be 0 (given {s.eta:g}): --set sample.eta=0")
+        if s.sampler != "ddim" and s.steps < 2:
+            found.append(f"sample.steps: {s.sampler} takes at least 2 (given {s.steps})")
+        if s.sampler != "ddim" and self.scheduler.clip_sample:
+            found.append(f"scheduler.clip_sample: is DDIM's; with {s.sampler} it must be false")
+        if s.sampler != "ddim" and s.spacing != "uniform":
+            found.append(f"sample.spacing: '{s.spacing}' is for ddim; with {s.sampler} it must be 'uniform'")
+        return found
+
+    def _condition_faults(self) -> list[str]:
+        s, unet, found = self.sample, self.unet, []
+        if unet.condition != "classes" and s.classes:
+            found.append(f"sample.classes: the network '{unet.name}' knows no classes (given {list(s.classes)})")
+        if unet.condition != "text" and s.prompts:
+            found.append(f"sample.prompts: the network '{unet.name}' reads no text (given {list(s.prompts)})")
+        if unet.condition == "none" and s.guidance != 1:
+            found.append(
+                f"sample.guidance: the network '{unet.name}' is unconditional, nothing can guide it; "
+                f"it must be 1 (given {s.guidance:g})"
+            )
+        if unet.condition == "none" and any(budget and budget.drop_condition for budget in (self.train, self.pretrain)):
+            found.append(f"drop_condition: the network '{unet.name}' is unconditional; it must be 0")
+        bad = [c for c in s.classes if c >= unet.n_classes - 1]
+        if unet.condition == "classes" and bad:
+            found.append(
+                f"sample.classes: {bad} are out of range; '{unet.name}' has the classes 0..{unet.n_classes - 2} "
+                f"({unet.n_classes - 1} stands for no class)"
+            )
+        return found
+
+    def _shape_faults(self) -> list[str]:
+        arguments, data, first = self.unet.arguments, self.data, self.first_stage
         given = tuple(arguments.get(key) for key in ("sample_size", "in_channels"))
-        if self.first_stage is None and given != (data.image_size, data.channels):
-            raise ValueError(
+        if first is None and given != (data.image_size, data.channels):
+            return [
                 f"unet.arguments sample_size, in_channels = {given} must be data's image_size, channels = "
                 f"{(data.image_size, data.channels)}"
-            )
-        return self
+            ]
+        if first is not None and given != (data.image_size // first.factor, first.channels):
+            return [
+                f"unet.arguments sample_size, in_channels = {given} must be the first stage's latents: data.image_size "
+                f"{data.image_size} / {first.factor}, {first.channels} channels"
+            ]
+        return []
 
     def pretraining(self) -> "Recipe":
         """The recipe that makes this one's teacher: the same network and data, from scratch, with its [pretrain].
 
         Raises: BdmError for overrides that it would ignore.
         """
-        ignored = [key for key in self.overrides if key.split(".")[0] in ("train", "method", "teacher")]
+        ignored = [key for key in self.overrides if key.split(".")[0] in ("train", "method", "model")]
         if ignored:
             raise BdmError(f"pretraining takes no {ignored[0]}.\n  its budget is [pretrain]: --set pretrain.steps=...")
+        if self.pretrain is None:
+            raise BdmError(
+                f"recipe '{self.name}' has no [pretrain] budget.\n  give one, or start from model.pretrained"
+            )
         changes = {
             "name": f"{self.name}-teacher",
             "train": self.pretrain,
             "method": {"name": "fp"},
-            "teacher": Teacher(path=""),
+            "model": Model(pretrained=""),
         }
         return self.model_copy(update=changes)
 
@@ -280,13 +403,22 @@ def load(name: str, overrides: Sequence[str] = (), method: str | None = None) ->
     base = _flatten(table)
     for key, value in given.items():
         _assign(table, key, value)
+    table = _with_pretrained(table)
     changed = switched | {k: v for k, v in given.items() if k not in NEUTRAL and not (k in base and base[k] == v)}
     return _check({**table, "name": Path(name).stem, "overrides": changed})
 
 
+def _with_pretrained(table: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without a network of its own takes what its pretrained folder says, below its own values."""
+    source = table.get("model", {}).get("pretrained", "")
+    if "name" in table.get("unet", {}) or not isinstance(source, str) or not pretrained.is_folder(source):
+        return table
+    return _merge(pretrained.sections(source), table)
+
+
 def _sibling(name: str, method: str) -> str:
     """The name of the recipe for the same data set and activation bits with another method, by the naming rule."""
-    found = re.fullmatch(r"(\w+)-w\d+a(\d+)(-\w+)?", name)
+    found = re.fullmatch(r"([\w-]+?)-w\d+a(\d+)(-\w+)?", name)
     if not found:
         return f"{name}-{method}"
     dataset, bits = found[1], found[2]

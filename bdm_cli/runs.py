@@ -1,10 +1,8 @@
-"""Every path below runs/ and results/, the claim on a run directory, and files that appear only when whole.
-
-The home directory is $BDM_HOME, else the current directory.
-"""
+"""Every path below runs/ and results/, the claim on a run directory, and files that appear only when whole."""
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,24 +11,8 @@ from typing import BinaryIO
 
 from bdm_cli import recipe
 from bdm_cli.errors import BdmError, unknown
+from bdm_cli.places import home
 from bdm_cli.recipe import Recipe
-
-
-def home() -> Path:
-    return Path(os.environ.get("BDM_HOME") or ".")
-
-
-@contextlib.contextmanager
-def home_at(folder: str) -> Iterator[None]:
-    """Another home directory for a while, for work whose output is not kept."""
-    before = os.environ.get("BDM_HOME")
-    os.environ["BDM_HOME"] = folder
-    try:
-        yield
-    finally:
-        os.environ.pop("BDM_HOME")
-        if before is not None:
-            os.environ["BDM_HOME"] = before
 
 
 def runs_dir() -> Path:
@@ -72,7 +54,15 @@ def recipe_copy(run_id: str) -> Path:
 def samples_npz(spec: Recipe, run_id: str) -> Path:
     """The images that spec.sample makes of a run; grid.png and the shards under way lie beside it."""
     s = spec.sample
-    folder = run_dir(run_id) / "samples" / f"{s.sampler}{s.steps}-eta{s.eta:g}-{s.to_bytes}"
+    parts = [f"{s.sampler}{s.steps}-eta{s.eta:g}-{s.to_bytes}"]
+    if s.spacing != "uniform":
+        parts.append(s.spacing)
+    if s.guidance != 1:
+        parts.append(f"guidance{s.guidance:g}")
+    if s.classes or s.prompts:
+        told = ",".join(map(str, s.classes or s.prompts))
+        parts.append(f"of-{hashlib.sha256(told.encode()).hexdigest()[:8]}")
+    folder = run_dir(run_id) / "samples" / "-".join(parts)
     return folder / f"samples-{s.n_images}.npz"
 
 

@@ -1,14 +1,17 @@
-"""What tests share: a home directory of their own, the tiny recipes, and a teacher for them."""
+"""What tests share: a home directory of their own, the entry point, the tiny recipes, and teachers for them."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from bdm_cli import inputs, recipe
+from bdm_cli import cli, places, recipe
 from bdm_cli.recipe import Recipe
 
 RECIPES = Path(__file__).parent / "recipes"
+
+Bdm = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +21,20 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("BDM_HOME", str(folder))
     return folder
+
+
+@pytest.fixture
+def bdm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bdm:
+    """bdm("train", "--recipe", ...) -> (exit code, stdout, stderr) of the entry point."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bdm", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            cli.entry()
+        out, err = capsys.readouterr()
+        return int(exit.value.code or 0), out, err
+
+    return call
 
 
 @pytest.fixture
@@ -33,13 +50,30 @@ def tiny_recipe() -> Callable[..., Recipe]:
 @pytest.fixture
 def tiny_teacher(tiny_recipe: Callable[..., Recipe]) -> Path:
     """The teacher's file of the tiny recipes, with random weights, where they look for it."""
+    return random_teacher(tiny_recipe(name="tiny"))
+
+
+@pytest.fixture
+def tiny_ldm_teacher(tiny_recipe: Callable[..., Recipe]) -> Path:
+    """As tiny_teacher, of tiny-ldm: latents of a variational first stage, unconditional."""
+    return random_teacher(tiny_recipe(name="tiny-ldm"))
+
+
+@pytest.fixture
+def tiny_cond_teacher(tiny_recipe: Callable[..., Recipe]) -> Path:
+    """As tiny_teacher, of tiny-cond: latents of a vector-quantized first stage, told a class."""
+    return random_teacher(tiny_recipe(name="tiny-cond"))
+
+
+def random_teacher(recipe: Recipe) -> Path:
+    """Writes the recipe's network with random weights where the recipe looks for its teacher."""
     import torch
 
     from bdm_cli import student
     from bdm_cli.diffusion.models import build_unet
 
-    spec = tiny_recipe(name="tiny").pretraining()
-    path = inputs.locate(tiny_recipe(name="tiny").teacher.path)
+    spec = recipe.pretraining()
+    path = places.locate(recipe.model.pretrained)
     torch.manual_seed(0)
     student.save(path, build_unet(spec.unet), spec, seed=0, step=0)
     return path

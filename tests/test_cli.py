@@ -9,23 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdm_cli import cli, records, runs
+from bdm_cli import records, runs
 
 TINY = str(Path(__file__).parent / "recipes" / "tiny-w1a4.toml")
-
-
-@pytest.fixture
-def bdm(monkeypatch, capsys):
-    """bdm("train", "--recipe", ...) -> (exit code, stdout, stderr) of the entry point."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bdm", *arguments])
-        with pytest.raises(SystemExit) as exit:
-            cli.entry()
-        out, err = capsys.readouterr()
-        return int(exit.value.code or 0), out, err
-
-    return call
 
 
 def test_the_whole_path(bdm, home, tiny_teacher):
@@ -56,10 +42,10 @@ def test_pretrain_makes_a_teacher_that_train_takes(bdm, home, tiny_recipe):
     code, out, _ = bdm("pretrain", "--recipe", tiny)
     assert code == 0
     assert (
-        bdm("train", "--recipe", TINY, "--method", "lsq", "--set", f"teacher.path={Path(out.strip()).resolve()}")[0]
+        bdm("train", "--recipe", TINY, "--method", "lsq", "--set", f"model.pretrained={Path(out.strip()).resolve()}")[0]
         == 0
     )
-    assert list(home.glob("runs/tiny-w1a4+method.name=lsq+teacher.path=weights-*-s0/weights.safetensors"))
+    assert list(home.glob("runs/tiny-w1a4+method.name=lsq+model.pretrained=weights-*-s0/weights.safetensors"))
 
 
 def test_ablate_fills_only_what_is_missing(bdm, tiny_teacher):
@@ -142,7 +128,7 @@ ERRORS = {
     ),
     "K too large": (["train", "-r", "digits-w1a4", "-s", "method.lrm_k=500"], "leaves no component"),
     "impossible network": (["train", "-r", "digits-w1a4", "-s", "unet.arguments.norm_num_groups=7"], "refuses them"),
-    "no teacher": (["train", "-r", "digits-w1a4", "-s", "teacher.path=nowhere"], "full-precision teacher: put it at"),
+    "no teacher": (["train", "-r", "digits-w1a4", "-s", "model.pretrained=nowhere"], "full-precision teacher: put it at"),
     "no data": (["train", "-r", "churches-w1a4"], "lacks 3 inputs"),
     "not finished": (["sample", "-r", "digits-w1a4"], "unknown finished run 'digits-w1a4-s0'"),
     "no run named": (["sample"], "give either --run ID or --recipe NAME"),
@@ -214,7 +200,7 @@ def test_unwritable_home(bdm, tiny_teacher, tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     monkeypatch.setenv("BDM_HOME", str(blocked))
-    code, _, err = bdm("train", "--recipe", TINY, "--set", f"teacher.path={tiny_teacher}")
+    code, _, err = bdm("train", "--recipe", TINY, "--set", f"model.pretrained={tiny_teacher}")
     assert code == 2
     assert "cannot write the run directory" in err
 

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "bdm_cli"
 
-BASE = {"errors", "recipe", "records", "runs", "registry", "inputs", "output", "__init__"}
+BASE = {"errors", "places", "pretrained", "recipe", "records", "runs", "registry", "inputs", "output", "__init__"}
 CHAIN = ("base", "quant", "packed", "diffusion", "methods", "student", "jobs", "cli")
 """base <- quant <- packed, diffusion <- methods <- student <- jobs <- cli."""
 
@@ -152,7 +152,7 @@ def test_the_walk_finds_what_is_there():
         n for n, _ in imports("cli")
     }
     assert any(not on_import for _, on_import in imports("methods.__init__"))
-    assert {"recipe", "runs", "errors"} <= set(loaded_by("inputs"))
+    assert {"recipe", "places", "errors"} <= set(loaded_by("inputs"))
 
 
 @pytest.mark.parametrize("module", sorted(modules()))

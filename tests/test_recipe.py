@@ -20,13 +20,14 @@ FILES = sorted((Path(__file__).resolve().parents[1] / "recipes").rglob("*.toml")
 # every recipe
 
 
-def test_there_are_72_recipes():
-    assert len(FILES) == 72
+def test_there_are_94_recipes():
+    assert len(FILES) == 94
     assert Counter(path.parent.name for path in FILES) == {
-        "digits": 14, "cifar10": 14, "bedrooms": 14, "churches": 14, "ffhq": 8, "imagenet": 8
+        "digits": 14, "cifar10": 14, "bedrooms": 14, "churches": 14, "ffhq": 8, "imagenet": 8,
+        "digits-ldm": 14, "digits-cond": 8
     }  # fmt: skip
     assert {path.stem for path in FILES} == set(recipe.names())
-    assert len({path.stem for path in FILES}) == 72
+    assert len({path.stem for path in FILES}) == 94
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -35,14 +36,14 @@ def test_every_recipe_loads_and_its_method_builds(path: Path):
     method = methods.build(spec)
     assert spec.id == spec.train_id == spec.name == path.stem
     assert spec.run_id(3) == f"{path.stem}-s3"
-    assert spec.data.dataset == path.parent.name
+    assert spec.data.dataset == path.parent.name.partition("-")[0]
     assert load(str(path)) == spec
     assert recipe.from_json(spec.model_dump_json()) == spec
     text = path.read_text()
     assert text.startswith("# ")
     assert spec.summary
 
-    parts = path.stem.split("-")
+    parts = [path.parent.name, *path.stem.removeprefix(path.parent.name).split("-")[1:]]
     if parts[1:] in ([], ["fp"]):
         assert spec.method == {"name": "fp"}
         assert spec.train.steps == 0 or parts[1:] == []
@@ -55,12 +56,14 @@ def test_every_recipe_loads_and_its_method_builds(path: Path):
     assert spec.train.steps > 0
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10", "bedrooms", "churches", "ffhq", "imagenet"])
+@pytest.mark.parametrize(
+    "name", ["digits", "digits-ldm", "digits-cond", "cifar10", "bedrooms", "churches", "ffhq", "imagenet"]
+)
 def test_recipes_of_one_data_set_share_network_data_and_teacher(name: str):
     base = load(name)
     for other in (path.stem for path in FILES if path.parent.name == name):
         spec = load(other)
-        for section in ("data", "unet", "scheduler", "first_stage", "teacher", "sample", "evaluate", "pretrain"):
+        for section in ("data", "unet", "scheduler", "first_stage", "model", "sample", "evaluate", "pretrain"):
             assert getattr(spec, section) == getattr(base, section), f"{other}: {section}"
 
 
@@ -76,8 +79,8 @@ def test_the_recipe_of_a_teacher():
     spec = load("digits-w1a4").pretraining()
     assert spec.run_id(0) == "digits-w1a4-teacher-s0"
     assert spec.train == load("digits").pretrain
-    assert (spec.method, spec.teacher.path) == ({"name": "fp"}, "")
-    assert load("cifar10").pretraining().run_id(0) in load("cifar10").teacher.path
+    assert (spec.method, spec.model.pretrained) == ({"name": "fp"}, "")
+    assert load("cifar10").pretraining().run_id(0) == "cifar10-teacher-s0"
 
 
 # ids
@@ -105,7 +108,7 @@ def test_the_recipe_of_a_teacher():
         (["train.steps=10", "train.steps=400"], ""),
         (['evaluate.metrics=["fid", "is"]'], "+evaluate.metrics=[fid,is]"),
         (["data.path=/somewhere/else", "sample.batch=3", "sample.shard=9"], ""),
-        (["teacher.path=/a/b/mine.safetensors"], "+teacher.path=mine-9a8a94"),
+        (["model.pretrained=/a/b/mine.safetensors"], "+model.pretrained=mine-9a8a94"),
         (["train.log_every=1", "train.grid_every=7", "train.checkpoint_every=9", "pretrain.log_every=3"], ""),
         (["evaluate.reference=ref.npz"], "+evaluate.reference=ref-b06e5d"),
     ],
@@ -212,7 +215,7 @@ def test_the_digest_follows_every_value_but_the_neutral_ones():
     assert len(base.digest) == 12
     neutral = [
         "data.path=x",
-        "teacher.path=y",
+        "model.pretrained=y",
         "sample.batch=3",
         "sample.shard=2",
         "train.log_every=3",
@@ -280,7 +283,7 @@ def test_an_unknown_recipe():
         ("train.lrr=1", "train.lrr: unknown key (given 1). Did you mean 'lr'? known: batch, beta1, beta2, "),
         ("trian.lr=1", "trian: unknown key (given {'lr': 1}). Did you mean 'train'? known: data, evaluate, "),
         ("sample.foo.bar=1", "sample.foo: unknown key (given {'bar': 1}). known: "),
-        ("first_stage.nam=x", "first_stage.nam: unknown key (given 'x'). Did you mean 'name'?"),
+        ("first_stage.pat=x", "first_stage.pat: unknown key (given 'x'). Did you mean 'path'?"),
         ("train.steps=abc", "train.steps: input should be a valid integer (given 'abc')"),
         ("train.steps=1.5", "train.steps: input should be a valid integer"),
         ("train.steps=true", "train.steps: input should be a valid integer (given True)"),

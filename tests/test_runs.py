@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import bdm_cli
-from bdm_cli import recipe, runs
+from bdm_cli import places, recipe, runs
 from bdm_cli.errors import BdmError
 
 
@@ -37,15 +37,15 @@ def test_paths_lie_below_the_home_directory(home: Path, monkeypatch: pytest.Monk
 
 
 def test_another_home_for_a_while(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with runs.home_at(str(tmp_path / "other")):
-        assert runs.home() == tmp_path / "other"
-    assert runs.home() == home
-    with pytest.raises(KeyError), runs.home_at(str(tmp_path / "other")):
+    with places.home_at(str(tmp_path / "other")):
+        assert places.home() == tmp_path / "other"
+    assert places.home() == home
+    with pytest.raises(KeyError), places.home_at(str(tmp_path / "other")):
         raise KeyError
-    assert runs.home() == home
+    assert places.home() == home
     monkeypatch.delenv("BDM_HOME")
-    with runs.home_at(str(tmp_path)):
-        assert runs.home() == tmp_path
+    with places.home_at(str(tmp_path)):
+        assert places.home() == tmp_path
     assert "BDM_HOME" not in os.environ
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from bdm_cli import inputs, runs, tensorfile
+from bdm_cli import places, runs, tensorfile
 from bdm_cli.errors import BdmError
 from bdm_cli.metrics import FEATURES
 from bdm_cli.registry import resolve
@@ -171,7 +171,7 @@ def find_inception_weights() -> Path:
 
 
 def digits() -> FeatureNet:
-    return FeatureNet.load(inputs.locate("package:digits-features.safetensors"))
+    return FeatureNet.load(places.locate("package:digits-features.safetensors"))
 
 
 def trained(dataset: str) -> Path:
