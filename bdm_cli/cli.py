@@ -1,5 +1,6 @@
 """The `bdm` command: one function per subcommand that loads the recipe, calls one job, prints. No logic."""
 
+import enum
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,15 @@ app = typer.Typer(
     "Begin with `bdm demo`: handwritten digits, no GPU, no download.",
 )
 
+data = typer.Typer(no_args_is_help=True, help="Training images: what is there, and latents encoded once.")
+app.add_typer(data, name="data")
+
+
+class Weights(enum.StrEnum):
+    ema = "ema"
+    raw = "raw"
+
+
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Recipe name (`bdm recipes`) or a .toml file.")]
 AnyRecipe = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe of the run, with --seed.")]
 MethodName = Annotated[str | None, typer.Option("--method", "-m", help="Method in place of the recipe's own.")]
@@ -30,6 +40,7 @@ Images = Annotated[
     Path | None, typer.Option("--images", help="An npz or a folder of images, scored against --recipe [digits].")
 ]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes at a time; 0 = what the cores allow.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder to write; default: where the recipes look.")]
 Form = Annotated[Format, typer.Option("--format", "-f", help="Form of the table on stdout.")]
 
 
@@ -70,6 +81,82 @@ def doctor(form: Form = Format.table) -> None:
     from bdm_cli.jobs import doctor
 
     show(doctor.run(), form, "Doctor")
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="An original .ckpt of latent-diffusion or ddim.")],
+    model: Annotated[str, typer.Option("--model", help="cifar10, bedrooms, churches, ffhq, imagenet, vq-f4 or kl-f8")],
+    weights: Annotated[
+        Weights, typer.Option("--weights", help="The moving average, or the raw weights.")
+    ] = Weights.ema,
+    out: Out = None,
+    form: Form = Format.table,
+) -> None:
+    """Convert an original checkpoint, strictly and without running its code, into a diffusers folder.
+
+    Example: `bdm import model.ckpt --model churches`
+    """
+    from bdm_cli.jobs import import_checkpoint
+
+    show(import_checkpoint.run(checkpoint, model, weights.value, out), form, f"Imported: {model}")
+
+
+@data.command()
+def check(recipe: RecipeName, overrides: Overrides = None, form: Form = Format.table) -> None:
+    """Look at a recipe's training images: how many, which sizes, which cannot be decoded; a grid of prepared ones.
+
+    Example: `bdm data check --recipe churches`
+    """
+    from bdm_cli.recipe import load
+
+    spec = load(recipe, overrides or [])
+    from bdm_cli.jobs import data
+
+    show(data.check(spec), form, f"Images of {recipe}")
+
+
+@data.command()
+def prepare(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    crops: Annotated[int, typer.Option("--crops", min=1, help="Random crops per image (data.crop = random).")] = 1,
+    half: Annotated[bool, typer.Option("--half", help="Store 16-bit floats: half the room, rounded.")] = False,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images per run of the first stage.")] = 16,
+    form: Form = Format.table,
+) -> None:
+    """Encode a latent model's training images once, so that training does not run the first stage again.
+
+    What is encoded is not encoded again: after an interruption the same command goes on.
+
+    Example: `bdm data prepare --recipe churches`
+    """
+    from bdm_cli.recipe import load
+
+    spec = load(recipe, overrides or [])
+    from bdm_cli.jobs import data
+
+    show(data.prepare(spec, crops, half, batch), form, f"Latents of {recipe}")
+
+
+@app.command("first-stage")
+def first_stage(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    seed: Seed = 0,
+    out: Out = None,
+    form: Form = Format.table,
+) -> None:
+    """Train a miniature's first stage (autoencoder) from scratch, with its `[first_stage.train]` budget.
+
+    Example: `bdm first-stage --recipe digits-ldm`
+    """
+    from bdm_cli.recipe import load
+
+    spec = load(recipe, overrides or [])
+    from bdm_cli.jobs import first_stage
+
+    show(first_stage.run(spec, seed, out), form, f"First stage of {recipe}")
 
 
 @app.command()
@@ -125,16 +212,27 @@ def sample(
     run: RunId = None,
     recipe: AnyRecipe = None,
     method: MethodName = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="ddim, plms or dpm-solver")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Scale of guidance; 1 = none.")] = None,
+    classes: Annotated[str | None, typer.Option("--classes", help="Comma-separated class ids, drawn equally.")] = None,
+    images: Annotated[int | None, typer.Option("--images", "-n", help="How many images.")] = None,
     overrides: Overrides = None,
     seed: Seed = 0,
 ) -> None:
     """Make a finished run's images: shards, then one ADM-style npz and a PNG grid.
 
-    Example: `bdm sample --recipe digits-w1a4 --set sample.n_images=256`
+    The options are short for `--set sample.sampler=...` and so on: they name the same samples. Several processes
+    (`accelerate launch -m bdm_cli sample ...`) make the same images as one.
+
+    Example: `bdm sample --recipe digits-cond-w1a4 --sampler plms --steps 20 --guidance 3.0 --classes 3,7`
     """
     from bdm_cli import runs
 
-    spec, run_id = runs.target(run, recipe, method, overrides or [], seed)
+    given = {"sampler": sampler, "steps": steps, "guidance": guidance, "n_images": images}
+    short = [f"sample.{key}={value}" for key, value in given.items() if value is not None]
+    short += [f"sample.classes=[{classes}]"] if classes else []
+    spec, run_id = runs.target(run, recipe, method, [*(overrides or []), *short], seed)
     from bdm_cli.jobs import sample
 
     print(sample.run(spec, run_id))

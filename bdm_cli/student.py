@@ -29,7 +29,7 @@ def build(spec: Recipe, seed: int, random_teacher: bool = False) -> Built:
     """
     method = methods.build(spec)
     torch.manual_seed(seed)
-    if spec.teacher.path:
+    if spec.model.pretrained:
         teacher = build_unet(spec.unet).eval().requires_grad_(False) if random_teacher else load_teacher(spec)
         student = copy.deepcopy(teacher).requires_grad_(True)
     else:

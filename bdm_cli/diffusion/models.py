@@ -1,30 +1,56 @@
-"""The networks: a U-Net from a recipe's arguments, the noise scheduler, the teacher."""
+"""The networks: a U-Net from a recipe's arguments, the teacher, the noise scheduler, strict loading."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from bdm_cli import tensorfile
+from bdm_cli import pretrained, tensorfile
 from bdm_cli.errors import BdmError
-from bdm_cli.inputs import locate
+from bdm_cli.places import locate
 from bdm_cli.recipe import Recipe, Scheduler, Unet
+
+
+class ClassConditionalUnet(UNet2DConditionModel):
+    """A UNet2DConditionModel that is told a class: its context is one token, the class's row of an embedding.
+
+    As in LDM's ImageNet model (CompVis `ClassEmbedder`); the last class stands for "no class", for guidance.
+
+    Shapes: sample [N, C, H, W]; timestep [N]; classes int64 [N].
+    State: class_embedder.weight (parameter) [n_classes, cross_attention_dim], trained with the network.
+    """
+
+    def __init__(self, n_classes: int, **arguments: object) -> None:
+        super().__init__(**arguments)
+        self.class_embedder = nn.Embedding(n_classes, self.config.cross_attention_dim)
+
+    def forward(self, sample: Tensor, timestep: Tensor, classes: Tensor, **options: object) -> object:
+        return super().forward(sample, timestep, self.class_embedder(classes)[:, None], **options)
 
 
 def build_unet(spec: Unet) -> nn.Module:
     """The U-Net with fresh weights (on the meta device under `torch.device("meta")`).
 
     LDM-8 fixes the number of heads, which UNet2DModel cannot express: they are set on every attention afterwards.
-    Raises: BdmError if diffusers refuses the arguments.
+    Raises: BdmError if diffusers refuses the arguments, or the network wants conditions that bdm cannot give.
     """
-    try:
-        unet = getattr(diffusers, spec.kind)(**_tuples(spec.arguments))
-    except (TypeError, ValueError) as error:
+    arguments = construction(spec.arguments)
+    if arguments.get("class_embed_type") or arguments.get("num_class_embeds") or arguments.get("addition_embed_type"):
         raise BdmError(
-            f"unet.arguments: diffusers' {spec.kind} refuses them ({error}).\n  see its documentation"
-        ) from None
+            f"unet '{spec.name}' wants class labels or further inputs beside its context (class_embed_type, "
+            "num_class_embeds, addition_embed_type).\n"
+            "  allowed: unconditional networks, one text encoder's context, or unet.n_classes"
+        )
+
+    def make() -> nn.Module:
+        if spec.n_classes:
+            return ClassConditionalUnet(spec.n_classes, **arguments)
+        return getattr(diffusers, spec.kind)(**arguments)
+
+    unet = constructed(make, "unet.arguments", spec.kind)
     if spec.heads:
         for module in unet.modules():
             if hasattr(module, "to_q"):
@@ -34,13 +60,22 @@ def build_unet(spec: Unet) -> nn.Module:
     return unet
 
 
-def _tuples(arguments: dict) -> dict:
+def construction(arguments: dict) -> dict:
     """TOML has no null and no tuples: "none" means None, a list is a tuple."""
     return {k: tuple(v) if isinstance(v, list) else None if v == "none" else v for k, v in arguments.items()}
 
 
+def constructed(make: Callable[[], nn.Module], key: str, kind: str) -> nn.Module:
+    """make(), with what diffusers refuses as a BdmError about the recipe's `key`."""
+    try:
+        return make()
+    except (TypeError, ValueError) as error:
+        raise BdmError(f"{key}: diffusers' {kind} refuses them ({error}).\n  see its documentation") from None
+
+
 def estimate_noise(unet: nn.Module, x: Tensor, t: Tensor, *context: Tensor) -> Tensor:
-    """eps(x_t, t), shaped as x [N, C, H, W]; t [N]; for class-conditional networks a context [N, L, D]."""
+    """eps(x_t, t), shaped as x [N, C, H, W]; t [N]. context: classes int64 [N], or text [N, L, D]; none if there is no
+    condition."""
     return unet(x, t, *context, return_dict=False)[0]
 
 
@@ -58,26 +93,73 @@ def noise_scheduler(spec: Scheduler) -> DDIMScheduler:
     )
 
 
-def load_teacher(recipe: Recipe) -> nn.Module:
-    """The full-precision U-Net, frozen, in eval mode, from a file that `bdm pretrain` wrote.
+def load_teacher(spec: Recipe) -> nn.Module:
+    """The full-precision U-Net of spec.model.pretrained, frozen, in eval mode.
 
-    Raises: BdmError if the file is missing, damaged, or of another network.
+    Raises: BdmError if the file or folder is missing, damaged, or of another network.
     """
-    path = locate(recipe.teacher.path)
-    tensors, metadata = tensorfile.read(path)
-    if "recipe" not in metadata:
+    source = spec.model.pretrained
+    read = _folder_tensors if pretrained.is_folder(source) else _file_tensors
+    path, tensors = read(spec)
+    unet = build_unet(spec.unet)
+    load_strictly(unet, tensors, path)
+    return unet.eval().requires_grad_(False)
+
+
+def _file_tensors(spec: Recipe) -> tuple[Path, dict[str, Tensor]]:
+    """Of a file that `bdm pretrain` wrote."""
+    path = locate(spec.model.pretrained)
+    if path.suffix != ".safetensors":
         raise BdmError(
-            f"{path} is not a teacher that bdm wrote (no recipe in its header).\n"
-            "  make one with `bdm pretrain`; reading the original checkpoints is not in this version"
+            f"{path} is an original checkpoint, or none at all.\n"
+            "  convert it first: bdm import CHECKPOINT --model NAME, then give the folder that it makes"
         )
-    stored = json.loads(metadata["recipe"])
+    tensors, metadata = tensorfile.read(path)
+    stored = json.loads(metadata.get("recipe", "{}"))
+    if "method" not in stored:
+        raise BdmError(f"{path} is not a teacher that bdm wrote (no recipe in its header).\n  {pretrained.ALLOWED}")
     if stored["method"]["name"] != "fp":
         raise BdmError(
             f"{path} holds a '{stored['method']['name']}' student.\n  give a full-precision model (bdm pretrain)"
         )
-    unet = build_unet(recipe.unet)
-    load_strictly(unet, tensors, path)
-    return unet.eval().requires_grad_(False)
+    return path, tensors
+
+
+def _folder_tensors(spec: Recipe) -> tuple[Path, dict[str, Tensor]]:
+    """Of a diffusers folder: its U-Net's tensors, and the class embedding's if the network has one."""
+    root = pretrained.folder(spec.model.pretrained, weights=True)
+    path = pretrained.part(root, "unet")
+    tensors = from_pretrained(getattr(diffusers, spec.unet.kind), path).state_dict()
+    if spec.unet.n_classes:
+        embedding, _ = tensorfile.read(root / "class_embedder" / "model.safetensors")
+        tensors |= {f"class_embedder.{name}": tensor for name, tensor in embedding.items()}
+    return path, tensors
+
+
+def from_pretrained(kind: type[nn.Module], path: Path) -> nn.Module:
+    """diffusers' own reader of a network's folder, made strict.
+
+    Raises: BdmError if it cannot be read, or a tensor is missing, unexpected or of another shape.
+    """
+    options = {"output_loading_info": True, "local_files_only": True, "low_cpu_mem_usage": False}
+    before = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity_error()  # what it would warn of is an error here
+    try:
+        network, info = kind.from_pretrained(path, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BdmError(f"diffusers cannot read the network in {path} ({reason}).\n  {pretrained.ALLOWED}") from None
+    finally:
+        diffusers.logging.set_verbosity(before)
+    faults = {what: names for what, names in info.items() if names}
+    if faults:
+        text = "; ".join(
+            f"{len(names)} {what.replace('_', ' ')} ({min(map(str, names))} ...)" for what, names in faults.items()
+        )
+        raise BdmError(
+            f"{path} does not hold the network that its config.json describes: {text}.\n  copy the folder again"
+        )
+    return network
 
 
 def load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from bdm_cli import output, runs
+from bdm_cli import output, places
 from bdm_cli.jobs import ablate, report
 
 
@@ -14,4 +14,4 @@ def run(jobs: int = 0) -> tuple[pd.DataFrame, Path]:
     table = ablate.run("components", base="digits-w1a4", seeds=1, jobs=jobs, anew=True)
     output.say("seed 0 was measured here and now; the means take in the seeds that results/records/ holds already")
     report.run()
-    return table, runs.home() / "results" / "report.html"
+    return table, places.home() / "results" / "report.html"

@@ -8,7 +8,7 @@ import shutil
 import pandas as pd
 import torch
 
-from bdm_cli import inputs, recipe, records, runs
+from bdm_cli import inputs, places, recipe, records
 from bdm_cli.errors import BdmError
 from bdm_cli.metrics.features import find_inception_weights
 
@@ -22,7 +22,7 @@ def run() -> pd.DataFrame:
         rows.append(("GPU", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}", ""))
     else:
         rows.append(("GPU", "none", "not needed; the recipes beyond digits are slow without one"))
-    home = runs.home().resolve()
+    home = places.home().resolve()
     nearest = next(folder for folder in (home, *home.parents) if folder.exists())  # the home is made when needed
     rows.append(("Home", str(home), "set BDM_HOME to keep runs/ and results/ elsewhere"))
     writable = os.access(nearest, os.W_OK)
@@ -35,7 +35,7 @@ def run() -> pd.DataFrame:
         rows.append(("Inception weights", str(find_inception_weights()), ""))
     except BdmError as error:
         rows.append(("Inception weights", "missing", str(error)))
-    for name in (name for name in recipe.names() if "-" not in name):
+    for name in (name for name, path in recipe.names().items() if name == path.parent.name):
         missing = inputs.missing(recipe.load(name))
         rows.append((f"recipes {name}*", "ready" if not missing else f"{len(missing)} missing", "\n".join(missing)))
     return pd.DataFrame(rows, columns=["Part", "State", "Note"])

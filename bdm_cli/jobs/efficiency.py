@@ -77,7 +77,9 @@ def meta_inputs(unet: nn.Module) -> dict[str, torch.Tensor]:
         "sample": torch.empty(1, config.in_channels, size, size, device="meta"),
         "timestep": torch.empty(1, device="meta"),
     }
-    if getattr(config, "cross_attention_dim", None):
+    if hasattr(unet, "class_embedder"):
+        found["classes"] = torch.zeros(1, dtype=torch.long, device="meta")
+    elif getattr(config, "cross_attention_dim", None):
         found["encoder_hidden_states"] = torch.empty(1, 1, config.cross_attention_dim, device="meta")
     return found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from bdm_cli import inputs, output, records, runs
+from bdm_cli import output, places, records, runs
 from bdm_cli.diffusion.data import reference_images
 from bdm_cli.errors import BdmError
 from bdm_cli.metrics import METRICS, images, summary
@@ -67,7 +67,7 @@ def run(recipe: Recipe, path: Path, run_id: str | None = None) -> pd.DataFrame:
 
 def _reference(recipe: Recipe) -> ImageSet:
     if recipe.evaluate.reference:
-        return images.load(inputs.locate(recipe.evaluate.reference))
+        return images.load(places.locate(recipe.evaluate.reference))
     return ImageSet("the training images", reference_images(recipe))
 
 

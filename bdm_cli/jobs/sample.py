@@ -4,31 +4,27 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
+from accelerate import PartialState
 
 from bdm_cli import output, runs, student
-from bdm_cli.diffusion import sampling
-from bdm_cli.errors import BdmError
+from bdm_cli.diffusion import conditions, first_stage, sampling
 from bdm_cli.recipe import Recipe
 
 GRID_IMAGES = 64
 
 
 def run(spec: Recipe, run_id: str) -> Path:
-    """Sample a finished run to spec.sample; returns the npz (arr_0: uint8 [N, H, W, C]). What is there is not redone.
+    """Sample a finished run to spec.sample; returns the npz (arr_0: uint8 [N, H, W, C]; arr_1: int64 [N] classes, of a
+    class-conditional network). What is there is not redone.
 
-    Image i is a function of the weights, the sampler's settings, the run's seed and i alone.
-    Raises: BdmError if the run is not finished, its latents cannot be decoded, or the settings are impossible.
+    Image i is a function of the weights, the sampler's settings, the run's seed and i alone. Every process of a
+    distributed launch makes its part of the shards; the first puts them together.
+    Raises: BdmError if the run is not finished, or an input is missing or damaged.
     """
-    s = spec.sample
-    if spec.first_stage is not None:
-        raise BdmError(
-            f"this version cannot decode latents of '{spec.first_stage.name}'.\n  it samples pixel-space models"
-        )
     runs.existing(run_id)
     path = runs.samples_npz(spec, run_id)
     if path.exists():
-        output.say(f"{run_id}: {s.n_images} images are there already: {path}")
+        output.say(f"{run_id}: {spec.sample.n_images} images are there already: {path}")
         return path
     with runs.claim(f"{run_id}/samples/{path.parent.name}"):
         student.use_threads(spec)
@@ -36,14 +32,16 @@ def run(spec: Recipe, run_id: str) -> Path:
 
 
 def _sample(spec: Recipe, run_id: str, path: Path) -> Path:
-    s = spec.sample
+    s, seed, processes = spec.sample, runs.seed(run_id), PartialState()
     start = time.monotonic()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    unet = student.load_run(run_id).student.to(device)
-    draw = sampling.of_recipe(spec, unet, s.batch, runs.seed(run_id))
+    stage = None if spec.first_stage is None else first_stage.load(spec.first_stage).to(processes.device)
+    condition = conditions.of_recipe(spec)
+    unet = student.load_run(run_id).student.to(processes.device)
+    draw = sampling.of_recipe(spec, unet, condition, stage, s.batch, seed)
     shards = [range(first, min(first + s.shard, s.n_images)) for first in range(0, s.n_images, s.shard)]
-    with output.progress(f"sampling {run_id}", s.n_images, "images") as advance:
-        for shard in shards:
+    mine = shards[processes.process_index :: processes.num_processes]
+    with output.progress(f"sampling {run_id}", sum(map(len, mine)), "images") as advance:
+        for shard in mine:
             file = _shard_path(path.parent, shard)
             if file.exists():
                 advance(len(shard))
@@ -54,12 +52,18 @@ def _sample(spec: Recipe, run_id: str, path: Path) -> Path:
                 made.append(draw(indices))
                 advance(len(indices))
             _write_array(file, np.concatenate(made))
-    pictures = np.concatenate([np.load(_shard_path(path.parent, shard)) for shard in shards])
-    runs.write_whole(path.parent / "grid.png", lambda temporary: sampling.grid(pictures[:GRID_IMAGES]).save(temporary))
-    runs.write_whole(path, lambda temporary: np.savez(temporary, arr_0=pictures))
-    for shard in shards:
-        _shard_path(path.parent, shard).unlink()
-    output.say(f"{run_id}: {s.n_images} images in {time.monotonic() - start:.0f} s: {path}")
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        pictures = np.concatenate([np.load(_shard_path(path.parent, shard)) for shard in shards])
+        labels = condition.labels(range(s.n_images), seed)
+        arrays = {"arr_0": pictures} | ({} if labels is None else {"arr_1": labels})
+        grid = sampling.grid(pictures[:GRID_IMAGES])
+        runs.write_whole(path.parent / "grid.png", lambda temporary: grid.save(temporary))
+        runs.write_whole(path, lambda temporary: np.savez(temporary, **arrays))
+        for shard in shards:
+            _shard_path(path.parent, shard).unlink()
+        output.say(f"{run_id}: {s.n_images} images in {time.monotonic() - start:.0f} s: {path}")
+    processes.wait_for_everyone()
     return path
 
 

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from bdm_cli import inputs, output, recipe, records, runs, student, tensorfile
-from bdm_cli.diffusion import data, losses, sampling
+from bdm_cli import inputs, output, places, recipe, records, runs, student, tensorfile
+from bdm_cli.diffusion import conditions, data, first_stage, losses, sampling, sources
 from bdm_cli.diffusion.models import estimate_noise, load_strictly, noise_scheduler
 from bdm_cli.errors import BdmError
 from bdm_cli.methods.base import Forward, Method
@@ -35,7 +35,7 @@ LOSS_STEPS = tuple(10**i for i in range(1, 7))
 
 
 class Batch(NamedTuple):
-    """One training batch. inputs: x_t [N, C, H, W], t int64 [N] (and a context [N, L, D]); noise [N, C, H, W]."""
+    """One training batch. inputs: x_t [N, C, H, W], t int64 [N] and the condition, if any; noise [N, C, H, W]."""
 
     inputs: tuple[Tensor, ...]
     noise: Tensor
@@ -51,8 +51,6 @@ def run(spec: Recipe, seed: int = 0, resume: bool = False) -> Path:
     Raises: BdmError for missing inputs, a run that exists (unless resume), a changed recipe, a loss that is not finite.
     """
     inputs.require(spec)
-    if spec.first_stage is not None:
-        raise BdmError("this version trains latent models only with --rehearse.\n  it trains: digits-*, cifar10-*")
     run_id = spec.run_id(seed)
     with runs.claim(run_id):
         if not _unfinished(spec, run_id, resume):
@@ -61,7 +59,7 @@ def run(spec: Recipe, seed: int = 0, resume: bool = False) -> Path:
         student.use_threads(spec)
         built = student.build(spec, seed)
         runs.write_text(runs.recipe_copy(run_id), spec.model_dump_json(indent=2))
-        return _train(spec, seed, run_id, built, image_batches(spec, seed)).weights
+        return _train(spec, seed, run_id, built, real_batches(spec, seed)).weights
 
 
 def rehearse(spec: Recipe, steps: int) -> pd.DataFrame:
@@ -72,7 +70,7 @@ def rehearse(spec: Recipe, steps: int) -> pd.DataFrame:
     short = {"steps": steps, "checkpoint_every": max(steps, 1), "grid_every": 0, "log_every": 1}
     trial = spec.model_copy(update={"train": spec.train.model_copy(update=short)})
     student.use_threads(spec)
-    with tempfile.TemporaryDirectory() as folder, runs.home_at(folder):
+    with tempfile.TemporaryDirectory() as folder, places.home_at(folder):
         run_id = f"rehearsal-{spec.name}"
         with runs.claim(run_id):
             built = student.build(trial, seed=0, random_teacher=True)
@@ -90,22 +88,21 @@ def rehearse(spec: Recipe, steps: int) -> pd.DataFrame:
     return pd.DataFrame([row])
 
 
-def image_batches(spec: Recipe, seed: int) -> Batches:
-    """Noisy training images. Each process of a distributed training takes its part of the batch."""
-    images = data.training_images(spec)
+def real_batches(spec: Recipe, seed: int) -> Batches:
+    """Noisy training images or latents. Each process of a distributed training takes its part of the batch."""
+    device = PartialState().device
+    source, condition = sources.of_recipe(spec, device), conditions.of_recipe(spec)
     scheduler = noise_scheduler(spec.scheduler)
 
     def batch(step: int) -> Batch:
         rank, world = _rank()
-        indices = data.batch_indices(len(images), spec.train.batch * world, step, seed)
-        x = data.to_float(images[indices[rank::world]])
+        indices = data.batch_indices(len(source), spec.train.batch * world, step, seed)[rank::world]
         random = torch.Generator().manual_seed(_step_seed(seed, step, rank))
-        if spec.data.flip:
-            flipped = torch.rand(len(x), generator=random) < 0.5
-            x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
+        x = source.batch(indices, random)
         t = torch.randint(spec.scheduler.n_timesteps, (len(x),), generator=random)
         noise = torch.randn(x.shape, generator=random)
-        return Batch((scheduler.add_noise(x, noise, t), t), noise)
+        context = condition.of_training(source.known(indices), _dropped(spec, len(x), random))
+        return Batch((scheduler.add_noise(x, noise.to(x.device), t.to(x.device)), t, *context), noise)
 
     return batch
 
@@ -113,18 +110,23 @@ def image_batches(spec: Recipe, seed: int) -> Batches:
 def random_batches(spec: Recipe) -> Batches:
     """Random latents of the network's input shape, for rehearsals."""
     arguments = spec.unet.arguments
-    shape = (spec.train.batch, arguments["in_channels"], arguments["sample_size"], arguments["sample_size"])
+    n, shape = spec.train.batch, (arguments["in_channels"], arguments["sample_size"], arguments["sample_size"])
+    text = torch.zeros(n, 1, arguments.get("cross_attention_dim", 0))
+    contexts = {"none": (), "classes": (torch.arange(n) % max(spec.unet.n_classes, 1),), "text": (text,)}
 
     def batch(step: int) -> Batch:
         random = torch.Generator().manual_seed(step)
-        x, noise = torch.randn(shape, generator=random), torch.randn(shape, generator=random)
-        t = torch.randint(spec.scheduler.n_timesteps, shape[:1], generator=random)
-        if spec.unet.kind == "UNet2DConditionModel":
-            context = torch.randn(shape[0], 1, arguments["cross_attention_dim"], generator=random)
-            return Batch((x, t, context), noise)
-        return Batch((x, t), noise)
+        x, noise = torch.randn(n, *shape, generator=random), torch.randn(n, *shape, generator=random)
+        t = torch.randint(spec.scheduler.n_timesteps, (n,), generator=random)
+        return Batch((x, t, *contexts[spec.unet.condition]), noise)
 
     return batch
+
+
+def _dropped(spec: Recipe, n: int, random: torch.Generator) -> Tensor:
+    """Which images' conditions are hidden, bool [n]."""
+    share = spec.train.drop_condition
+    return torch.rand(n, generator=random) < share if share else torch.zeros(n, dtype=torch.bool)
 
 
 class Done(NamedTuple):
@@ -356,7 +358,9 @@ def _unfinished(spec: Recipe, run_id: str, resume: bool) -> bool:
 def _write_grid(unet: nn.Module, spec: Recipe, run_id: str, done: int) -> None:
     """A few images of the student under training, the same noise each time."""
     training = unet.training
-    pictures = sampling.of_recipe(spec, unet.eval(), GRID_IMAGES, seed=0)(range(GRID_IMAGES))
+    stage = None if spec.first_stage is None else first_stage.load(spec.first_stage).to(next(unet.parameters()).device)
+    draw = sampling.of_recipe(spec, unet.eval(), conditions.of_recipe(spec), stage, GRID_IMAGES, seed=0)
+    pictures = draw(range(GRID_IMAGES))
     unet.train(training)
     path = runs.run_dir(run_id) / "grids" / f"step-{done:07d}.png"
     runs.write_whole(path, lambda temporary: sampling.grid(pictures).save(temporary))

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -46,6 +47,13 @@ class ImageFolder:
     def __getitem__(self, index: slice) -> np.ndarray:
         return np.stack([self._decoded(path) for path in self.paths[index]]).reshape(-1, *self.shape[1:])
 
+    def digest(self) -> str:
+        """SHA-256 of the files."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
     @staticmethod
     def _header(path: Path) -> tuple[tuple[int, int], str]:
         try:
@@ -66,22 +74,32 @@ class ImageFolder:
             raise BdmError(f"cannot read the image {path} ({error}).\n  replace or remove it") from None
 
 
+class Pixels(Protocol):
+    """Images uint8 [N, H, W, C] that are decoded when a slice is asked for."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: slice) -> np.ndarray: ...
+    def digest(self) -> str:
+        """Identity of their content."""
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Images uint8 [N, H, W, C], and the statistics that their file carries, if any (mu, sigma, mu_s, sigma_s)."""
 
     source: str
-    pixels: np.ndarray | ImageFolder
+    pixels: np.ndarray | Pixels
     stored: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def digest(self) -> str:
-        """SHA-256 of the shape, the pixels (of a folder: the files) and the stored statistics."""
+        """SHA-256 of the shape, the pixels (or their own digest) and the stored statistics."""
         digest = hashlib.sha256(str(self.pixels.shape).encode())
-        if isinstance(self.pixels, ImageFolder):
-            for path in self.pixels.paths:
-                digest.update(path.read_bytes())
-        else:
+        if isinstance(self.pixels, np.ndarray):
             digest.update(np.ascontiguousarray(self.pixels).data)
+        else:
+            digest.update(self.pixels.digest().encode())
         for name in STATISTICS:
             if name in self.stored:
                 digest.update(np.ascontiguousarray(self.stored[name]).data)

@@ -1,0 +1,180 @@
+"""Encoded training images on disk, so that training a latent model does not run the first stage again.
+
+A cache is a folder: plan.json (what is encoded, how), moments-<shard>.npy float [n, views, m, h, w], labels.npy and
+captions.json where there are any, and cache.json, written last: without it the cache is not whole. It holds moments,
+not latents: for a variational first stage every use draws from the posterior anew, as training on images would.
+
+A view is one way in which training may see an image: mirrored or not, and one of `crops` random crops.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdm_cli import output, runs
+from bdm_cli.diffusion.data import Images, to_float
+from bdm_cli.diffusion.first_stage import FirstStage
+from bdm_cli.errors import BdmError
+from bdm_cli.places import locate
+from bdm_cli.recipe import Recipe
+
+SHARD = 512
+"""Images per file."""
+OPEN_SHARDS = 256
+
+
+class Cache:
+    """A whole cache, read by memory map: nothing but the asked-for rows is read.
+
+    Raises: BdmError if it is not whole, or of another data set, preparation or first stage than the recipe's.
+    """
+
+    def __init__(self, spec: Recipe) -> None:
+        self.folder = locate(spec.data.latents)
+        plan, whole = (_json(self.folder / name) for name in ("plan.json", "cache.json"))
+        if plan is None or whole is None:
+            raise BdmError(
+                f"the latent cache {self.folder} is not whole.\n"
+                f"  go on with: bdm data prepare --recipe {spec.name}, or remove the folder"
+            )
+        _compare(self.folder, plan, _wanted(spec))
+        self.crops, self.flip, self.shard = plan["crops"], plan["flip"], plan["shard"]
+        self.n_images: int = whole["n_images"]
+        labels, captions = self.folder / "labels.npy", self.folder / "captions.json"
+        self.labels = np.load(labels) if labels.exists() else None
+        self.captions = json.loads(captions.read_text()) if captions.exists() else None
+        self._open = lru_cache(OPEN_SHARDS)(lambda index: np.load(shard_path(self.folder, index), mmap_mode="r"))
+
+    def __len__(self) -> int:
+        return self.n_images
+
+    def moments(self, indices: np.ndarray, views: np.ndarray) -> Tensor:
+        """float32 [n, m, h, w]."""
+        rows = [self._open(int(i) // self.shard)[int(i) % self.shard, v] for i, v in zip(indices, views, strict=True)]
+        return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+
+def exists(spec: Recipe) -> bool:
+    """Whether there is a cache, whole or not, where the recipe looks for one."""
+    return bool(spec.data.latents) and (locate(spec.data.latents) / "plan.json").exists()
+
+
+def write(
+    spec: Recipe,
+    images: Images,
+    stage: FirstStage,
+    *,
+    crops: int,
+    half: bool,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> Path:
+    """Encode all images in all views; returns the folder. Shards that are there are kept.
+
+    Every process of `world` takes every world-th shard; `wait` holds until all have come so far.
+    Raises: BdmError if the folder holds another cache, or a file cannot be written.
+    """
+    folder = locate(spec.data.latents)
+    views = (2 if spec.data.flip else 1) * crops
+    plan = _wanted(spec) | {
+        "crops": crops,
+        "shard": SHARD,
+        "dtype": "float16" if half else "float32",
+        "images": images.digest(),
+        "n_images": len(images),
+    }
+    before = _json(folder / "plan.json")
+    if before is not None:
+        _compare(folder, before, plan)
+    elif rank == 0:
+        runs.write_text(folder / "plan.json", json.dumps(plan, indent=2))
+    device = next(stage.parameters()).device
+    shards = range(rank, -(-len(images) // SHARD), world)
+    total = sum(min(SHARD, len(images) - k * SHARD) for k in shards)
+    with output.progress(f"encoding into {folder}", total, "images") as advance:
+        for index in shards:
+            chosen = range(index * SHARD, min((index + 1) * SHARD, len(images)))
+            path = shard_path(folder, index)
+            if not path.exists():
+                encoded = _encoded(spec, images, stage, chosen, views, batch, device, advance)
+                array = encoded.astype(plan["dtype"])
+                runs.write_whole(path, lambda temporary, array=array: np.save(temporary, array))
+            else:
+                advance(len(chosen))
+    wait()
+    if rank == 0:
+        if images.labels is not None:
+            runs.write_whole(folder / "labels.npy", lambda temporary: np.save(temporary, images.labels))
+        if images.captions is not None:
+            runs.write_text(folder / "captions.json", json.dumps(images.captions, ensure_ascii=False))
+        runs.write_text(folder / "cache.json", json.dumps({"n_images": len(images)}))
+    wait()
+    return folder
+
+
+@torch.inference_mode()
+def _encoded(
+    spec: Recipe,
+    images: Images,
+    stage: FirstStage,
+    chosen: range,
+    views: int,
+    batch: int,
+    device: torch.device,
+    advance: Callable[[int], None],
+) -> np.ndarray:
+    """Moments [len(chosen), views, m, h, w] of some images."""
+    made = []
+    for first in range(chosen.start, chosen.stop, batch):
+        indices = range(first, min(first + batch, chosen.stop))
+        of_views = []
+        for crop in range(views // (2 if spec.data.flip else 1)):
+            pixels = to_float(images.views(indices, np.random.default_rng([crop, first]))).to(device)
+            of_views += [stage.moments(x) for x in ((pixels, pixels.flip(-1)) if spec.data.flip else (pixels,))]
+        made.append(torch.stack(of_views, dim=1).float().cpu().numpy())
+        advance(len(indices))
+    return np.concatenate(made)
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"moments-{index:06d}.npy"
+
+
+def _wanted(spec: Recipe) -> dict[str, object]:
+    """What a cache must have been made of and with to serve a recipe."""
+    stage = locate(spec.first_stage.path)
+    digest = hashlib.sha256()
+    for path in sorted(stage.glob("*")) if stage.is_dir() else ():
+        digest.update(path.read_bytes())
+    d = spec.data
+    return {
+        "dataset": d.dataset,
+        "image_size": d.image_size,
+        "channels": d.channels,
+        "prepare": d.prepare,
+        "crop": d.crop,
+        "flip": d.flip,
+        "first_stage": digest.hexdigest()[:16],
+    }
+
+
+def _compare(folder: Path, there: dict, wanted: dict) -> None:
+    other = sorted(key for key in wanted if there.get(key) != wanted[key])
+    if other:
+        lines = "\n".join(f"  {key}: {there.get(key)!r} there, {wanted[key]!r} wanted" for key in other)
+        raise BdmError(
+            f"the latent cache {folder} is of something else:\n{lines}\n"
+            "  remove it, or choose another place: --set data.latents=PATH"
+        )
+
+
+def _json(path: Path) -> dict | None:
+    return json.loads(path.read_text()) if path.exists() else None
