@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from bdm_cli import student
 from bdm_cli.diffusion.models import noise_scheduler
-from bdm_cli.diffusion.sampling import ddim, draw, grid, images, noise_streams, to_bytes
-from bdm_cli.recipe import Recipe, Scheduler
+from bdm_cli.diffusion.conditions import Condition
+from bdm_cli.diffusion.sampling import draw, grid, guided, noise_streams, of_recipe, sample, to_bytes
+from bdm_cli.recipe import Recipe, Sample, Scheduler
 
 ERMONGROUP = Scheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, set_alpha_to_one=True, steps_offset=0)
 COMPVIS = Scheduler(
     beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195, set_alpha_to_one=False, steps_offset=1
 )
-SHAPE = (1, 8, 8)
+SHAPE = (1, 16, 16)
 
 
 @pytest.fixture(params=["fp", "binarydm"])
@@ -31,26 +32,23 @@ def network(request: pytest.FixtureRequest, tiny_recipe: Callable[..., Recipe], 
     return built.student.eval()
 
 
-def make(
-    network: nn.Module, indices: range, batch: int = 4, seed: int = 0, eta: float = 0.0, steps: int = 4
-) -> np.ndarray:
-    return images(
-        network,
-        noise_scheduler(ERMONGROUP),
-        indices,
-        shape=SHAPE,
-        steps=steps,
-        eta=eta,
-        batch=batch,
-        seed=seed,
-        how="round",
-    )
+@pytest.fixture
+def make(tiny_recipe: Callable[..., Recipe]) -> Callable[..., np.ndarray]:
+    def images(
+        network: nn.Module, indices: range, batch: int = 4, seed: int = 0, eta: float = 0.0, steps: int = 4
+    ) -> np.ndarray:
+        spec = tiny_recipe(f"sample.eta={eta}", f"sample.steps={steps}")
+        return of_recipe(spec, network, Condition(), None, batch, seed)(indices)
+
+    return images
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_an_image_does_not_depend_on_how_many_are_asked_nor_on_its_neighbours(network: nn.Module, eta: float):
+def test_an_image_does_not_depend_on_how_many_are_asked_nor_on_its_neighbours(
+    network: nn.Module, eta: float, make: Callable[..., np.ndarray]
+):
     all_four = make(network, range(4), eta=eta)
-    assert all_four.shape == (4, 8, 8, 1)
+    assert all_four.shape == (4, 16, 16, 1)
     assert all_four.dtype == np.uint8
     for n in (1, 2, 3):
         assert np.array_equal(make(network, range(n), eta=eta), all_four[:n])
@@ -59,7 +57,9 @@ def test_an_image_does_not_depend_on_how_many_are_asked_nor_on_its_neighbours(ne
     assert np.array_equal(make(network, range(3, 4), eta=eta)[0], all_four[3])
 
 
-def test_images_of_another_batch_size_differ_by_rounding_only(tiny_recipe: Callable[..., Recipe], tiny_teacher: Path):
+def test_images_of_another_batch_size_differ_by_rounding_only(
+    tiny_recipe: Callable[..., Recipe], tiny_teacher: Path, make: Callable[..., np.ndarray]
+):
     """Kernels may sum in another order. Measured here: no difference in bytes; a grey level is allowed."""
     network = student.build(tiny_recipe(method="fp"), seed=0).student.eval()
     reference = make(network, range(4), batch=4).astype(int)
@@ -68,7 +68,9 @@ def test_images_of_another_batch_size_differ_by_rounding_only(tiny_recipe: Calla
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
-def test_seeds_and_indices_give_different_images_and_the_same_ones_again(network: nn.Module, eta: float):
+def test_seeds_and_indices_give_different_images_and_the_same_ones_again(
+    network: nn.Module, eta: float, make: Callable[..., np.ndarray]
+):
     first = make(network, range(4), seed=0, eta=eta)
     assert np.array_equal(make(network, range(4), seed=0, eta=eta), first)
     assert not np.array_equal(make(network, range(4), seed=1, eta=eta), first)
@@ -93,6 +95,7 @@ class Analytic(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.where = nn.Parameter(torch.zeros(()))
         self.times: list[list[int]] = []
 
     def forward(self, x: Tensor, t: Tensor, return_dict: bool = True) -> tuple[Tensor]:
@@ -122,7 +125,7 @@ def float64_ddim(spec: Scheduler, streams: list[np.random.Generator], steps: int
 
 
 @pytest.mark.parametrize("n", [1, 3, 4])
-def test_the_network_always_runs_on_full_batches(n: int):
+def test_the_network_always_runs_on_full_batches(n: int, make: Callable[..., np.ndarray]):
     """Since kernels may sum in another order at another batch size."""
     network = Analytic()
     assert len(make(network, range(n), batch=4, steps=2)) == n
@@ -135,7 +138,8 @@ def test_the_network_always_runs_on_full_batches(n: int):
 def test_ddim_is_the_float64_update(spec: Scheduler, steps: int, eta: float):
     expected = float64_ddim(spec, [np.random.default_rng([5, i]) for i in range(3)], steps, eta)
     streams, network = noise_streams(5, range(3)), Analytic()
-    result = ddim(network, noise_scheduler(spec), draw(streams, SHAPE), steps, eta, streams).numpy()
+    settings = Sample(steps=steps, eta=eta, to_bytes="round")
+    result = sample(guided(network, (), (), 1.0), spec, settings, draw(streams, SHAPE), streams).numpy()
     assert network.times == [
         [t] * 3 for t in range((steps - 1) * (1000 // steps) + spec.steps_offset, -1, -(1000 // steps))
     ]

@@ -90,7 +90,7 @@ def test_a_scale_never_fills_the_other_scales_columns(name, present):
 
 
 def test_one_digits_run_is_the_twin_of_every_data_set():
-    frame = tables.table("2", [measure("digits-w1a4", "fid", 33.25)])
+    frame = tables.table("2", [measure("digits-ldm-w1a4", "fid", 33.25)])
     filled = frame[frame["FID digits"] == "33.25 (1)"]
     assert list(filled["Dataset"]) == ["LSUN-Bedrooms 256x256", "LSUN-Churches 256x256", "FFHQ 256x256"]
 
