@@ -8,6 +8,7 @@ the schedule itself must be the recipe's.
 import hashlib
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,8 +24,25 @@ from bdm_cli.recipe import Recipe
 
 Weights = Literal["ema", "raw"]
 
-FOREIGN = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
-"""Packages whose classes a checkpoint may mention beside its tensors; stand-ins without code take their place."""
+FOREIGN = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.")
+"""Packages whose names a checkpoint may mention beside its tensors (callbacks, learning rates as NumPy numbers);
+stand-ins without code take their place."""
+
+DAMAGED = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    struct.error,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+"""What torch's reader raises on damaged files."""
 
 UNAVERAGED_CIFAR10 = "82ed3067fd1002f5cf4c339fb80c4669"
 """MD5 of the CIFAR-10 file without averaging, which has the same name as the averaged one and is much worse."""
@@ -65,11 +83,8 @@ def read(path: Path, weights: Weights = "ema") -> dict[str, Tensor]:
         raise BdmError(f"there is no file {path}.\n  give an original checkpoint, e.g. model.ckpt")
     if zipfile.is_zipfile(path) and "model.ckpt" in zipfile.ZipFile(path).namelist():
         raise BdmError(f"{path} is an archive.\n  unpack it and give the model.ckpt inside")
-    content = _load(path)
-    if isinstance(content, list) and len(content) == 5:  # model, optimizer, epoch, step, average
-        content = {k.removeprefix("module."): v for k, v in content[-1 if weights == "ema" else 0].items()}
-    state = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    state = _state_dict(_load(path), weights)
+    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise BdmError(f"{path} holds no state dict.\n  give an original checkpoint of the networks that bdm imports")
     if "conv_in.weight" in state and weights == "ema" and _md5(path) == UNAVERAGED_CIFAR10:
         raise BdmError(
@@ -79,23 +94,54 @@ def read(path: Path, weights: Weights = "ema") -> dict[str, Tensor]:
     return state
 
 
+def _state_dict(content: object, weights: Weights) -> dict | None:
+    """The state dict in what a file holds, if there is one."""
+    if isinstance(content, list) and len(content) in (4, 5) and isinstance(content[0], dict):
+        if weights == "ema" and not isinstance(content[-1], dict):  # model, optimizer, epoch, step(, average)
+            raise BdmError("the training checkpoint holds no average.\n  take the raw weights: --weights raw")
+        return {k.removeprefix("module."): v for k, v in content[-1 if weights == "ema" else 0].items()}
+    found = content.get("state_dict", content) if isinstance(content, dict) else None
+    return found if isinstance(found, dict) else None
+
+
 def _load(path: Path) -> object:
+    archive = zipfile.is_zipfile(path)
     try:
         with torch.serialization.safe_globals(_stand_ins(path)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive or None)
+        broken = zipfile.ZipFile(path).testzip() if archive else None  # torch does not compare the checksums
+    except DAMAGED as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise BdmError(
             f"{path} is not a whole checkpoint that can be read without running code ({reason}).\n"
             "  download it again; nothing was written"
         ) from None
+    if broken is not None:
+        raise BdmError(f"{path} is damaged (checksum of {broken}).\n  download it again; nothing was written")
+    return content
+
+
+class _StandIn:
+    """In the place of a class or function whose code is not wanted: takes everything, does nothing."""
+
+    def __new__(cls, *arguments: object, **options: object) -> "_StandIn":
+        return object.__new__(cls)
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
 
 
 def _stand_ins(path: Path) -> list[tuple[type, str]]:
-    """A class without code for each foreign name in the file. Raises: BdmError for names that could be anything."""
+    """A stand-in for each foreign name in the file. Raises: BdmError for names that could be anything."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError):
+    except DAMAGED:
         return []  # not torch's zip format, or broken: torch.load says which
     bad = [name for name in names if not name.startswith(FOREIGN)]
     if bad:
@@ -103,7 +149,7 @@ def _stand_ins(path: Path) -> list[tuple[type, str]]:
             f"{path} would run code on loading: it calls {', '.join(sorted(bad)[:SHOWN])}.\n"
             "  it is not one of the published checkpoints; nothing was loaded"
         )
-    return [(type(name.rpartition(".")[2], (), {}), name) for name in names]
+    return [(type(name.rpartition(".")[2], (_StandIn,), {}), name) for name in names]
 
 
 def _md5(path: Path) -> str:
@@ -117,12 +163,17 @@ def convert(spec: Recipe, state: dict[str, Tensor], weights: Weights = "ema") ->
     weights: the U-Net's moving average, with which the published numbers were made, or the raw weights.
     Raises: BdmError naming what is missing, unexpected or of another shape, and which model the file looks like.
     """
-    averaged = _averaged(spec, state, weights)
-    found, faults = _convert(spec, state, averaged)
+    averaged = any(name.startswith(EMA) for name in state)
+    found, faults = _convert(spec, state, averaged and weights == "ema")
     if faults:
         raise BdmError(
             f"the checkpoint is not the model '{spec.name}' (it looks like {looks_like(state)}):\n"
             + "\n".join(f"  {fault}" for fault in faults)
+        )
+    if weights == "ema" and not averaged and spec.data.dataset not in WITHOUT_AVERAGE:
+        raise BdmError(
+            "the checkpoint holds no averaged weights (model_ema.*), with which the published numbers were made.\n"
+            "  give the published file, or take the raw weights with --weights raw"
         )
     _check_schedule(spec, state)
     return found
@@ -146,7 +197,9 @@ def looks_like(state: dict[str, Tensor]) -> str:
 def convert_first_stage(kind: str, module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a first stage's own file (vq-f4, kl-f8). Raises: BdmError as convert."""
     wanted = {name: tensor for name, tensor in state.items() if not name.startswith("loss.")}
-    found, faults = _fitted(module, _renamed(_ddpm_names(wanted), wanted), "")
+    renamed, unknown = _renamed(wanted, _ddpm_names(wanted))
+    found, faults = _fitted(module, renamed, "")
+    faults = _listed("unexpected", unknown) + faults
     if faults:
         raise BdmError(
             f"the checkpoint is not the first stage '{kind}' (it looks like {looks_like(state)}):\n"
@@ -155,24 +208,14 @@ def convert_first_stage(kind: str, module: nn.Module, state: dict[str, Tensor]) 
     return found
 
 
-def _averaged(spec: Recipe, state: dict[str, Tensor], weights: Weights) -> bool:
-    """Whether to take the shadows of the moving average. Raises: BdmError if they are wanted and not there."""
-    there = any(name.startswith(EMA) for name in state)
-    if weights == "ema" and not there and spec.data.dataset not in WITHOUT_AVERAGE:
-        raise BdmError(
-            "the checkpoint holds no averaged weights (model_ema.*), with which the published numbers were made.\n"
-            "  give the published file, or take the raw weights with --weights raw"
-        )
-    return there and weights == "ema"
-
-
 def _convert(spec: Recipe, state: dict[str, Tensor], averaged: bool) -> tuple[Converted, list[str]]:
     with torch.device("meta"):
         unet = build_unet(spec.unet)
         stage = None if spec.first_stage is None else first_stage.build(spec.first_stage)
     if stage is None:
-        tensors, faults = _fitted(unet, _renamed(_ddpm_names(state), state), "")
-        return Converted(tensors, None, None, None, []), faults
+        renamed, unknown = _renamed(state, _ddpm_names(state))
+        tensors, faults = _fitted(unet, renamed, "")
+        return Converted(tensors, None, None, None, []), _listed("unexpected", unknown) + faults
 
     parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in (UNET, EMA, STAGE, EMBEDDING)}
     ignored, unknown = [], []
@@ -180,31 +223,28 @@ def _convert(spec: Recipe, state: dict[str, Tensor], averaged: bool) -> tuple[Co
         prefix = next((p for p in parts if name.startswith(p)), None)
         if prefix is not None:
             parts[prefix][name.removeprefix(prefix)] = tensor
-        elif "." not in name:
-            ignored.append(name)
-        else:
+        elif "." in name:
             unknown.append(name)
-    faults = _listed("unexpected", unknown)
-    if parts[EMA]:
-        faults += _check_shadows(parts[UNET], parts[EMA], bool(spec.unet.n_classes))
+        elif name != "scale_factor":
+            ignored.append(name)
+    faults = _check_shadows(parts[UNET], parts[EMA]) if parts[EMA] else []
     raw = parts[UNET]
-    chosen = raw if not averaged else {name: parts[EMA].get(_squeezed(name), raw[name]) for name in raw}
-    renamed = _renamed(_compvis_names(chosen), chosen)
-    renamed = dict(_split_attentions(unet, renamed))
+    chosen = {name: parts[EMA].get(_squeezed(name), raw[name]) for name in raw} if averaged else raw
+    of_unet, strange = _renamed(chosen, _compvis_names(chosen))
+    of_unet = dict(_split_attentions(unet, of_unet))
+    of_stage, strange_stage = _renamed(parts[STAGE], _ddpm_names(parts[STAGE]))
+    unknown += [UNET + name for name in strange] + [STAGE + name for name in strange_stage]
     if spec.unet.n_classes:
-        renamed |= {f"class_embedder.{name}": tensor for name, tensor in parts[EMBEDDING].items()}
+        of_unet |= {f"class_embedder.{name}": tensor for name, tensor in parts[EMBEDDING].items()}
     else:
-        faults += _listed("unexpected", [EMBEDDING + name for name in parts[EMBEDDING]])
-    tensors, of_unet = _fitted(unet, renamed, "U-Net: ")
-    of_stage_names = _renamed(_ddpm_names(parts[STAGE]), parts[STAGE])
-    stage_tensors, of_stage = _fitted(stage, of_stage_names, "first stage: ")
-    scale = 1.0
-    if spec.first_stage.kind == "AutoencoderKL":
-        if "scale_factor" in state:
-            scale = float(state["scale_factor"])
-        else:
-            faults.append("scale_factor is missing: without it the latents have another scale; there is no default")
-    return Converted(tensors, stage_tensors, scale, averaged, ignored), faults + of_unet + of_stage
+        unknown += [EMBEDDING + name for name in parts[EMBEDDING]]
+    if spec.first_stage.kind == "AutoencoderKL" and "scale_factor" not in state:
+        faults.append("scale_factor is missing: without it the latents have another scale; there is no default")
+    tensors, faults_unet = _fitted(unet, of_unet, "U-Net: ")
+    stage_tensors, faults_stage = _fitted(stage, of_stage, "first stage: ")
+    scale = float(state.get("scale_factor", 1.0))
+    found = Converted(tensors, stage_tensors, scale, averaged, ignored)
+    return found, _listed("unexpected", unknown) + faults + faults_unet + faults_stage
 
 
 def _squeezed(name: str) -> str:
@@ -212,7 +252,7 @@ def _squeezed(name: str) -> str:
     return f"diffusion_model.{name}".replace(".", "")
 
 
-def _check_shadows(raw: dict[str, Tensor], shadows: dict[str, Tensor], conditional: bool) -> list[str]:
+def _check_shadows(raw: dict[str, Tensor], shadows: dict[str, Tensor]) -> list[str]:
     """Faults of the averaged weights: one for each parameter, of its shape, and nothing else."""
     wanted = {_squeezed(name): tensor for name, tensor in raw.items()}
     extra = sorted(shadows.keys() - wanted.keys() - {"decay", "num_updates"})
@@ -254,27 +294,44 @@ def _fitted(module: nn.Module, tensors: dict[str, Tensor], where: str) -> tuple[
         if name in tensors and tensors[name].shape != own[name].shape
     ]
     faults = (
-        _listed(f"{where}missing", [name for name in own if name not in tensors])
+        _listed(f"{where}missing (diffusers' names)", [name for name in own if name not in tensors])
         + _listed(f"{where}unexpected", [name for name in tensors if name not in own])
         + _listed(f"{where}of another shape", shapes)
     )
     return {name: tensors[name].float() for name in own if name in tensors}, faults
 
 
-def _renamed(names: Iterator[tuple[str, str]], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under their new names; a 1x1 convolution of an attention becomes a linear layer's matrix."""
-    found = {}
+def _renamed(
+    tensors: dict[str, Tensor], names: Iterator[tuple[str, str | None]]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under their new names, and the old names that no rule knows, or whose new name was taken already.
+
+    A 1x1 convolution of an attention becomes a linear layer's matrix.
+    """
+    found, unknown = {}, []
     for old, new in names:
+        if new is None or new in found:
+            unknown.append(old)
+            continue
         tensor = tensors[old]
-        if ".attentions." in new and re.search(r"\.to_(q|k|v|out\.0)\.weight$", new):
-            tensor = tensor.flatten(1) if tensor.ndim > 2 else tensor
+        if ".attentions." in new and re.search(r"\.to_(q|k|v|out\.0)\.weight$", new) and tensor.ndim > 2:
+            tensor = tensor.flatten(1)
         found[new] = tensor
-    return found
+    return found, unknown
 
 
-DDPM_RESNET = {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut"}
+DDPM_RESNET = {
+    **{name: name for name in ("norm1", "conv1", "norm2", "conv2")},
+    "temb_proj": "time_emb_proj",
+    "nin_shortcut": "conv_shortcut",
+}
 DDPM_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-DDPM_FIXED = {"temb.dense.0": "time_embedding.linear_1", "temb.dense.1": "time_embedding.linear_2"}
+DDPM_FIXED = {
+    **{name: name for name in ("conv_in", "conv_out", "quant_conv", "post_quant_conv", "quantize.embedding")},
+    "norm_out": "conv_norm_out",
+    "temb.dense.0": "time_embedding.linear_1",
+    "temb.dense.1": "time_embedding.linear_2",
+}
 COMPVIS_RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -294,71 +351,86 @@ PER_LEVEL = 3
 """Original blocks per level: two residual blocks and a resampler downwards, three residual blocks upwards."""
 
 
-def _ddpm_names(tensors: dict[str, Tensor]) -> Iterator[tuple[str, str]]:
+def _ddpm_names(tensors: dict[str, Tensor]) -> Iterator[tuple[str, str | None]]:
     """(original name, diffusers name) of ermongroup's `Model` and of CompVis' autoencoders, which share their blocks.
 
-    What no rule knows keeps its name, and is then unexpected.
+    None where no rule knows the name.
     """
     levels = 1 + max((int(found[1]) for name in tensors if (found := re.search(r"\bup\.(\d+)\.", name))), default=0)
     for name in tensors:
         stem, _, leaf = name.rpartition(".")
         half, found = re.match(r"((?:encoder|decoder)\.)?(.*)", stem).groups()
-        yield name, f"{half or ''}{_ddpm_stem(found, levels)}.{leaf}"
+        new = _ddpm_stem(found, levels)
+        yield name, None if new is None else f"{half or ''}{new}.{leaf}"
 
 
-def _ddpm_stem(stem: str, levels: int) -> str:
-    if found := re.fullmatch(r"(down|up)\.(\d+)\.(block|attn)\.(\d+)\.(\w+)", stem):
-        way, level, kind, index, rest = found.groups()
-        level = int(level) if way == "down" else levels - 1 - int(level)  # the original counts up blocks from the image
-        if kind == "block":
-            return f"{way}_blocks.{level}.resnets.{index}.{DDPM_RESNET.get(rest, rest)}"
-        return f"{way}_blocks.{level}.attentions.{index}.{DDPM_ATTENTION.get(rest, rest)}"
-    if found := re.fullmatch(r"(down|up)\.(\d+)\.(down|up)sample\.conv", stem):
-        way, level = found[1], int(found[2])
-        level = level if way == "down" else levels - 1 - level
-        return f"{way}_blocks.{level}.{way}samplers.0.conv"
+def _ddpm_stem(stem: str, levels: int) -> str | None:
+    def blocks(way: str, level: str) -> str:  # the original counts up blocks from the image
+        return f"{way}_blocks.{level if way == 'down' else levels - 1 - int(level)}"
+
+    if found := re.fullmatch(r"(down|up)\.(\d+)\.block\.(\d+)\.(\w+)", stem):
+        new = DDPM_RESNET.get(found[4])
+        return new and f"{blocks(found[1], found[2])}.resnets.{found[3]}.{new}"
+    if found := re.fullmatch(r"(down|up)\.(\d+)\.attn\.(\d+)\.(\w+)", stem):
+        new = DDPM_ATTENTION.get(found[4])
+        return new and f"{blocks(found[1], found[2])}.attentions.{found[3]}.{new}"
+    if found := re.fullmatch(r"(down|up)\.(\d+)\.(\1)sample\.conv", stem):
+        return f"{blocks(found[1], found[2])}.{found[1]}samplers.0.conv"
     if found := re.fullmatch(r"mid\.block_([12])\.(\w+)", stem):
-        return f"mid_block.resnets.{int(found[1]) - 1}.{DDPM_RESNET.get(found[2], found[2])}"
+        new = DDPM_RESNET.get(found[2])
+        return new and f"mid_block.resnets.{int(found[1]) - 1}.{new}"
     if found := re.fullmatch(r"mid\.attn_1\.(\w+)", stem):
-        return f"mid_block.attentions.0.{DDPM_ATTENTION.get(found[1], found[1])}"
-    return {"norm_out": "conv_norm_out"}.get(stem, DDPM_FIXED.get(stem, stem))
+        new = DDPM_ATTENTION.get(found[1])
+        return new and f"mid_block.attentions.0.{new}"
+    return DDPM_FIXED.get(stem)
 
 
-def _compvis_names(tensors: dict[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """(original name, diffusers name) of CompVis' `UNetModel`. An AttentionBlock's qkv stays one tensor here."""
+def _compvis_names(tensors: dict[str, Tensor]) -> Iterator[tuple[str, str | None]]:
+    """(original name, diffusers name) of CompVis' `UNetModel`; None where no rule knows the name.
+
+    An AttentionBlock's qkv stays one tensor here.
+    """
     for name in tensors:
         stem, _, leaf = name.rpartition(".")
-        if stem in COMPVIS_FIXED:
-            yield name, f"{COMPVIS_FIXED[stem]}.{leaf}"
-            continue
-        found = re.fullmatch(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(.+)|middle_block\.([012])\.(.+)", stem)
-        yield name, f"{_compvis_stem(tensors, found)}.{leaf}" if found else name
+        new = COMPVIS_FIXED.get(stem)
+        if found := re.fullmatch(r"middle_block\.([012])\.(.+)", stem):
+            new = _compvis_middle(tensors, *found.groups())
+        elif new is None and (found := re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)", stem)):
+            new = _compvis_block(tensors, *found.groups())
+        yield name, None if new is None else f"{new}.{leaf}"
 
 
-def _compvis_stem(tensors: dict[str, Tensor], found: re.Match) -> str:
-    way, block, child, rest, middle, of_middle = found.groups()
-    if middle is not None:
-        place = {"0": "mid_block.resnets.0", "1": "mid_block.attentions.0", "2": "mid_block.resnets.1"}[middle]
-        simple = f"middle_block.{middle}.qkv.weight" in tensors
-        return f"{place}.{_compvis_inside(of_middle, simple)}"
-    down = way == "input_blocks"
+def _compvis_middle(tensors: dict[str, Tensor], child: str, rest: str) -> str | None:
+    if child == "1":
+        return f"mid_block.attentions.0.{_compvis_attention(tensors, 'middle_block.1', rest)}"
+    return COMPVIS_RESNET.get(rest) and f"mid_block.resnets.{int(child) // 2}.{COMPVIS_RESNET[rest]}"
+
+
+def _compvis_block(tensors: dict[str, Tensor], way: str, block: str, child: str, rest: str) -> str | None:
+    """One of the input or output blocks; its children are residual block, attention, resampler, in this order."""
+    down = way == "input"
     level, index = divmod(int(block) - 1, PER_LEVEL) if down else divmod(int(block), PER_LEVEL)
     blocks = f"{'down' if down else 'up'}_blocks.{level}"
-    if rest in ("op", "conv"):
-        return f"{blocks}.{'down' if down else 'up'}samplers.0.conv"
-    if rest in COMPVIS_RESNET:
-        resampler = index == PER_LEVEL - 1 if down else child != "0"
-        place = f"{'down' if down else 'up'}samplers.0" if resampler else f"resnets.{index}"
-        return f"{blocks}.{place}.{COMPVIS_RESNET[rest]}"
-    simple = f"{way}.{block}.{child}.qkv.weight" in tensors
-    return f"{blocks}.attentions.{index}.{_compvis_inside(rest, simple)}"
+    resampler = f"{blocks}.{'down' if down else 'up'}samplers.0"
+    between = f"{way}_blocks.{block}.1"
+    if down and index == PER_LEVEL - 1:  # a downsampler stands alone
+        new = "conv" if rest == "op" else COMPVIS_RESNET.get(rest)
+        return f"{resampler}.{new}" if new and child == "0" else None
+    if child == "0":
+        return COMPVIS_RESNET.get(rest) and f"{blocks}.resnets.{index}.{COMPVIS_RESNET[rest]}"
+    attended = f"{between}.norm.weight" in tensors
+    if not down and child == ("2" if attended else "1"):
+        new = "conv" if rest == "conv" else COMPVIS_RESNET.get(rest)
+        return new and f"{resampler}.{new}"
+    if child == "1" and attended:
+        return f"{blocks}.attentions.{index}.{_compvis_attention(tensors, between, rest)}"
+    return None
 
 
-def _compvis_inside(rest: str, simple: bool) -> str:
-    """A name inside a residual block or an attention; a SpatialTransformer's (not simple) are diffusers' own."""
-    if simple:
-        return {"norm": "group_norm", "proj_out": "to_out.0"}.get(rest, rest)
-    return COMPVIS_RESNET.get(rest, rest)
+def _compvis_attention(tensors: dict[str, Tensor], place: str, rest: str) -> str:
+    """A name inside an attention: an AttentionBlock's differ, a SpatialTransformer's are diffusers' own."""
+    simple = f"{place}.qkv.weight" in tensors
+    return {"norm": "group_norm", "proj_out": "to_out.0"}.get(rest, rest) if simple else rest
 
 
 def _split_attentions(unet: nn.Module, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

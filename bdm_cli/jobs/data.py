@@ -39,6 +39,11 @@ def check(recipe: Recipe) -> pd.DataFrame:
     ]
     if seen.corrupt and d.corrupt == "error":
         rows.append(("Problem", "corrupt images: replace them, or go on without them by --set data.corrupt=skip"))
+    other = ((seen.width != d.image_size) | (seen.height != d.image_size)) & (seen.width > 0)
+    if recipe.evaluate.prepare == "none" and other.any() and not recipe.evaluate.reference:
+        rows.append(
+            ("Problem", f"{other.sum():,} images cannot be a reference as they are: --set evaluate.prepare=...")
+        )
     try:
         images = data.Images(
             reader, d.prepare, d.image_size, d.channels, recipe=recipe.name, crop=d.crop, corrupt=seen.corrupt
@@ -61,7 +66,8 @@ def prepare(recipe: Recipe, crops: int = 1, half: bool = False, batch: int = 16)
     if recipe.first_stage is None or not recipe.data.latents:
         raise BdmError(
             f"recipe '{recipe.name}' trains on pixels, or has no data.latents: there is nothing to encode.\n"
-            "  allowed: latent models (bedrooms, churches, ffhq, imagenet, digits-ldm, digits-cond), or --set data.latents=PATH"
+            "  allowed: bedrooms, churches, ffhq, imagenet, digits-ldm, digits-cond and their siblings, "
+            "or --set data.latents=PATH"
         )
     if crops > 1 and recipe.data.crop != "random":
         raise BdmError(f"--crops {crops}: the images of '{recipe.name}' are cropped in the centre.\n  leave it out")
