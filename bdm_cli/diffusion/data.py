@@ -1,5 +1,6 @@
 """The training and reference images of a recipe as uint8 [N, H, W, C], whatever form they lie in."""
 
+import functools
 import hashlib
 import pickle
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from bdm_cli import output
 from bdm_cli.diffusion import readers
 from bdm_cli.diffusion.prepare import prepared
-from bdm_cli.errors import BdmError, unknown
+from bdm_cli.errors import BdmError
 from bdm_cli.places import locate
 from bdm_cli.recipe import Data, Preparation, Recipe, Unet
 
@@ -82,12 +83,12 @@ class Images:
         seeds = random.integers(2**63, size=len(chosen))  # a generator per image: threads may finish in any order
         return self._stacked(lambda k: self._prepared(chosen[k], np.random.default_rng(seeds[k])), len(chosen))
 
-    @property
+    @functools.cached_property
     def labels(self) -> np.ndarray | None:
         """The class of each image, int64 [N], or None if they have none."""
         return None if self.reader.labels is None else self.reader.labels[self._numbers]
 
-    @property
+    @functools.cached_property
     def captions(self) -> list[str] | None:
         """The text of each image, or None if they have none. Raises: BdmError if only some have one."""
         texts = self.reader.captions
@@ -152,8 +153,7 @@ def training_images(recipe: Recipe) -> Images:
     Raises: BdmError if they cannot be read, or lack what the network is conditioned on.
     """
     images = _images(recipe, recipe.data.prepare, recipe.data.crop)
-    if recipe.unet is not None:
-        require_condition(images, recipe.unet)
+    require_condition(images, recipe.unet)
     return images
 
 
@@ -178,12 +178,16 @@ def _images(recipe: Recipe, how: Preparation, crop: str) -> Images:
 
 
 def require_condition(images: Images, unet: Unet) -> None:
-    """Raises: BdmError if the images have not the classes or captions that the network is conditioned on."""
+    """Raises: BdmError if the images have not the classes that the network is conditioned on, or captions for a part.
+
+    Without any captions a text-conditional network is told the empty text, and a warning says so.
+    """
     path, known = images.reader.path, unet.n_classes - 1
     if unet.condition == "text" and images.captions is None:
-        raise BdmError(
-            f"the network '{unet.name}' is told captions, and the images of {path} have none.\n"
-            "  allowed: metadata.csv or metadata.jsonl with file_name and text, or <name>.txt beside <name>.png"
+        output.say(
+            f"warning: the network '{unet.name}' is told captions, and the images of {path} have none: each gets the "
+            "empty text. Captions are metadata.csv or metadata.jsonl with file_name and text, or <name>.txt beside "
+            "<name>.png"
         )
     if unet.condition != "classes":
         return
@@ -230,7 +234,9 @@ def labelled_images(dataset: str, path: str) -> tuple[np.ndarray, np.ndarray]:
     """
     shapes = {"digits": (16, 1), "cifar10": (32, 3)}
     if dataset not in shapes:
-        raise unknown("data set with labels", dataset, shapes)
+        raise BdmError(
+            f"cannot read the training images of '{dataset}' as arrays with labels.\n  allowed: {', '.join(shapes)}"
+        )
     size, channels = shapes[dataset]
     reader = find(Data(dataset=dataset, path=path, image_size=size, channels=channels))
     if reader.labels is None:

@@ -113,7 +113,7 @@ def write(
     if rank == 0:
         if images.labels is not None:
             runs.write_whole(folder / "labels.npy", lambda temporary: np.save(temporary, images.labels))
-        if images.captions is not None:
+        if spec.unet.condition == "text" and images.captions is not None:
             runs.write_text(folder / "captions.json", json.dumps(images.captions, ensure_ascii=False))
         runs.write_text(folder / "cache.json", json.dumps({"n_images": len(images)}))
     wait()

@@ -11,6 +11,7 @@ import os
 import posixpath
 import struct
 import tarfile
+import threading
 import warnings
 import weakref
 import zlib
@@ -88,14 +89,15 @@ class Reader(ABC):
 
 def find(path: Path, allowed: str = ALLOWED) -> Reader:
     """The reader of what lies at `path`. Raises: BdmError if there is nothing, or nothing that can be read."""
-    if not path.exists():
-        raise BdmError(f"there is nothing at {path}.\n  {allowed}")
-    if path.name == "data.mdb":
-        return Lmdb(path.parent)
-    if path.is_dir():
-        database = _database(path)
-        return Lmdb(database) if database else Folder(path, allowed)
-    return Tar(path, allowed)
+    try:
+        if not path.exists():
+            raise BdmError(f"there is nothing at {path}.\n  {allowed}")
+        database = path.parent if path.name == "data.mdb" else _database(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if database is not None:
+        return Lmdb(database)
+    return Folder(path, allowed) if path.is_dir() else Tar(path, allowed)
 
 
 def decode(data: bytes) -> Image.Image:
@@ -122,11 +124,12 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # de
 
 def parallel(work: Callable[[int], T], numbers: Sequence[int]) -> list[T]:
     """work(number) for each, in order, by threads (PIL sets the interpreter free while it decodes)."""
-    return list(_threads().map(work, numbers)) if len(numbers) > 1 else [work(number) for number in numbers]
+    return list(_threads(os.getpid()).map(work, numbers)) if len(numbers) > 1 else [work(number) for number in numbers]
 
 
 @functools.cache
-def _threads() -> ThreadPoolExecutor:
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Those of this process: a fork inherits the pool, but not its threads."""
     return ThreadPoolExecutor(WORKERS, thread_name_prefix="decode")
 
 
@@ -154,15 +157,17 @@ def _surveyed(reader: Reader) -> dict[str, np.ndarray]:
             return 0, 0, "", str(error)
         return *image.size, image.mode, ""
 
-    found = []
-    with output.progress(f"checking {reader.path.name}", len(reader), "images") as advance:
-        for start in range(0, len(reader), BLOCK):
-            found += parallel(look, range(start, min(start + BLOCK, len(reader))))
-            advance(len(found) - start)
-    width, height, mode, reason = zip(*found, strict=True)
-    corrupt = {i: why for i, why in enumerate(reason) if why}
-    sizes = {"width": np.array(width, dtype=np.int32), "height": np.array(height, dtype=np.int32)}
-    return sizes | {"mode": np.array(mode), "corrupt": _json(corrupt)}
+    n, corrupt = len(reader), {}
+    width, height, mode = np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, "U6")
+    with output.progress(f"checking {reader.path.name}", n, "images") as advance:
+        for start in range(0, n, BLOCK):
+            numbers = range(start, min(start + BLOCK, n))
+            for i, (*size, name, reason) in zip(numbers, parallel(look, numbers), strict=True):
+                (width[i], height[i]), mode[i] = size, name
+                if reason:
+                    corrupt[i] = reason
+            advance(len(numbers))
+    return {"width": width, "height": height, "mode": mode, "corrupt": _json(corrupt)}
 
 
 def cached(name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -283,9 +288,12 @@ class _Files(Reader):
 
     def _rows(self, table: str) -> Iterator[tuple[str, str]]:
         """(file_name, text) of a table's rows."""
-        lines = self._text(table).splitlines()
+        text = self._text(table)
         try:
-            rows = csv.DictReader(lines) if table.endswith("csv") else [json.loads(line) for line in lines if line]
+            if table.endswith("csv"):
+                rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            else:
+                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
             for number, row in enumerate(rows, 1):
                 if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file_name", "text")):
                     raise BdmError(
@@ -335,7 +343,7 @@ class Tar(_Files):
     kind = "tar"
 
     def __init__(self, path: Path, allowed: str = ALLOWED) -> None:
-        self.path, self._allowed = path, allowed
+        self.path, self._allowed, self._lock = path, allowed, threading.Lock()
         try:
             tarfile.open(path, "r:").close()
             self._packed = False
@@ -350,7 +358,8 @@ class Tar(_Files):
 
     def read(self, name: str) -> bytes:
         if self._packed:
-            return self._held[name]
+            with self._lock:  # so that only one thread unpacks
+                return self._held[name]
         start, size = self._places[name]
         try:
             with open(self.path, "rb") as file:
@@ -396,6 +405,11 @@ class Tar(_Files):
             ):
                 seen = 0
                 for member in tar:
+                    if (member.issym() or member.islnk()) and member.name.lower().endswith(SUFFIXES):
+                        raise BdmError(
+                            f"{self.path}: {member.name} is a link to {member.linkname}.\n"
+                            "  allowed: a tar of files; make it with tar --dereference --hard-dereference"
+                        )
                     if member.isfile():
                         content = tar.extractfile(member).read() if data else b""
                         yield posixpath.normpath(member.name), member, content
@@ -587,8 +601,14 @@ def _instead(files: list[str]) -> str:
 
 
 def _stamp(path: Path) -> str:
-    stat = path.stat()
-    return hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
+    """Identity of a large file: size, time, and its ends (archives may come with a time of 0)."""
+    stat, part = path.stat(), 2**16
+    digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(part))
+        file.seek(max(0, stat.st_size - part))
+        digest.update(file.read(part))
+    return digest.hexdigest()
 
 
 def _unreadable(path: Path, error: OSError) -> BdmError:

@@ -17,7 +17,9 @@ class Pixels:
 
     def __init__(self, spec: Recipe) -> None:
         self.images = data.training_images(spec)
-        self.labels, self.captions = self.images.labels, self.images.captions
+        told = spec.unet.condition  # captions that nobody is told may be incomplete
+        self.labels = self.images.labels if told == "classes" else None
+        self.captions = self.images.captions if told == "text" else None
         self.flip, self.random_crop = spec.data.flip, spec.data.crop == "random"
 
     def __len__(self) -> int:

@@ -49,8 +49,7 @@ def check(recipe: Recipe) -> pd.DataFrame:
             reader, d.prepare, d.image_size, d.channels, recipe=recipe.name, crop=d.crop, corrupt=seen.corrupt
         )
         rows.append(("Grid", _grid(images, d.dataset)))
-        if recipe.unet is not None:
-            data.require_condition(images, recipe.unet)
+        data.require_condition(images, recipe.unet)
     except BdmError as error:
         rows.append(("Problem", str(error)))
     return pd.DataFrame(rows, columns=["What", "Found"])
