@@ -11,8 +11,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from bdm_cli import student
-from bdm_cli.diffusion.models import noise_scheduler
 from bdm_cli.diffusion.conditions import Condition
+from bdm_cli.diffusion.models import noise_scheduler
 from bdm_cli.diffusion.sampling import draw, grid, guided, noise_streams, of_recipe, sample, to_bytes
 from bdm_cli.recipe import Recipe, Sample, Scheduler
 

@@ -13,7 +13,6 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from bdm_cli import tensorfile
 from bdm_cli.diffusion.data import labelled_images
 from bdm_cli.errors import BdmError
-from bdm_cli.places import locate
 from bdm_cli.metrics import features
 from bdm_cli.metrics.features import (
     FeatureNet,
@@ -24,6 +23,7 @@ from bdm_cli.metrics.features import (
     fingerprint,
     load_features,
 )
+from bdm_cli.places import locate
 
 
 def noise(n: int, *shape: int) -> np.ndarray:

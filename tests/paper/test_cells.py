@@ -19,7 +19,8 @@ DATASETS = "cifar10|bedrooms|churches|ffhq|imagenet"
 METHODS = (
     "baseline|ebb|lmb|lsq|qdiffusion|efficientdm|tdq|reactnet|qdm|instabnn|bidiffsr|xnorpp|bbcu|dorefa|reste|xnor|bidm"
 )
-RECIPE = re.compile(rf"({DATASETS}|digits|digits-ldm|digits-cond)-(fp|w\d+a\d+(-({METHODS}))?)(\+[a-z]+\.[a-z_]+=[a-z0-9.-]+)*")
+OURS = "digits|digits-ldm|digits-cond"
+RECIPE = re.compile(rf"({DATASETS}|{OURS})-(fp|w\d+a\d+(-({METHODS}))?)(\+[a-z]+\.[a-z_]+=[a-z0-9.-]+)*")
 NO_TWIN = {"size_mb", "ops_g", "time_h", "runtime_us"}
 
 # rows x columns, less the cells printed as "-"
