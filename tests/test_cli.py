@@ -128,7 +128,10 @@ ERRORS = {
     ),
     "K too large": (["train", "-r", "digits-w1a4", "-s", "method.lrm_k=500"], "leaves no component"),
     "impossible network": (["train", "-r", "digits-w1a4", "-s", "unet.arguments.norm_num_groups=7"], "refuses them"),
-    "no teacher": (["train", "-r", "digits-w1a4", "-s", "model.pretrained=nowhere"], "full-precision teacher: put it at"),
+    "no teacher": (
+        ["train", "-r", "digits-w1a4", "-s", "model.pretrained=nowhere"],
+        "full-precision teacher: put it at",
+    ),
     "no data": (["train", "-r", "churches-w1a4"], "lacks 3 inputs"),
     "not finished": (["sample", "-r", "digits-w1a4"], "unknown finished run 'digits-w1a4-s0'"),
     "no run named": (["sample"], "give either --run ID or --recipe NAME"),
