@@ -67,7 +67,7 @@ def run(path: Path, model: str, weights: convert.Weights = "ema", out: Path | No
 def _model(spec: Recipe, state: dict[str, Tensor], weights: convert.Weights, folder: Path) -> list[tuple]:
     found = convert.convert(spec, state, weights)
     told = {True: "moving average (EMA)", False: "raw", None: "as in the file"}[found.averaged]
-    note = f"ignored: {', '.join(found.ignored)}" if found.ignored else ""
+    note = f"{len(found.ignored)} buffers ignored" if found.ignored else ""
     plain = build_unet(spec.unet.model_copy(update={"n_classes": 0}))  # diffusers' own class, which it can load again
     load_strictly(plain, {k: v for k, v in found.unet.items() if not k.startswith("class_embedder.")}, folder)
     if spec.unet.heads:
