@@ -448,13 +448,18 @@ def of_run(stored: Recipe, overrides: Sequence[str], like: Recipe | None = None)
     """
     table = stored.model_dump(mode="json")
     if like is not None:
-        table |= {section: like.model_dump(mode="json")[section] for section in AFTER_TRAINING}
-        table["data"]["path"] = like.data.path
+        now = like.model_dump(mode="json")
+        table |= {section: now[section] for section in AFTER_TRAINING}
+        for key in PLACES:
+            section, _, place = key.partition(".")
+            if table[section] is not None and now[section] is not None:
+                table[section][place] = now[section][place]
     for text in overrides:
         key, value = _parse(text)
-        if key.split(".")[0] not in AFTER_TRAINING and key != "data.path":
+        if key.split(".")[0] not in AFTER_TRAINING and key not in PLACES:
+            allowed = ", ".join(sorted(PLACES))
             raise BdmError(
-                f"'{key}' was fixed when the run was trained.\n  allowed here: sample.*, evaluate.*, data.path"
+                f"'{key}' was fixed when the run was trained.\n  allowed here: sample.*, evaluate.*, {allowed}"
             )
         _assign(table, key, value)
     spec = _check({**table, "overrides": {}})
