@@ -58,6 +58,8 @@ class Ebb(Method):
         is at least half the input's).
     ebb_center: also on the mid block (Table 9, last row).
     tau: weight of L_EBB (Eq. 9).
+    penalty: what L_EBB sums: sII as printed ('signed'), which has no lower bound and pushes sII on below zero, or its
+        absolute value ('absolute'), which lets the second basis fade as the text says.
     transition: when the second basis is dropped: a training iteration, or below 1 a fraction of the training
         (paper: iteration 100,000 of about 200,000). 0 = single basis from the start.
     """
@@ -65,6 +67,7 @@ class Ebb(Method):
     ebb_scope: Annotated[int, Field(ge=0)] = 6
     ebb_center: bool = False
     tau: Annotated[float, Field(ge=0)] = 9e-2
+    penalty: Literal["signed", "absolute"] = "signed"
     transition: Annotated[float, Field(ge=0)] = 0.5
 
     def check(self, steps: int) -> list[str]:
@@ -86,14 +89,16 @@ class Ebb(Method):
         return EbbWeight(layer.weight) if chosen else super().weight_quantizer(layer, site)
 
     def losses(self, forward: Forward) -> dict[str, Tensor]:
-        """L_EBB = tau / N * sum_i mean_c(sII_i) over the N layers that have a second basis (Eq. 9).
+        """L_EBB = tau / N * sum_i mean_c(sII_i) over the N layers that have a second basis (Eq. 9), or of |sII_i|.
 
         The text leaves open how a per-channel sII is reduced and whether N counts all layers: the channel mean and the
-        EBB layers are taken. As printed there is no absolute value.
+        EBB layers are taken.
         """
         bases = [layer.weight_quantizer for _, layer in quantized_layers(forward.student)]
-        second = [basis.sigma_2.mean() for basis in bases if isinstance(basis, EbbWeight)]
-        return {"ebb": self.tau * torch.stack(second).mean()} if second else {}
+        second = [basis.sigma_2 for basis in bases if isinstance(basis, EbbWeight)]
+        if self.penalty == "absolute":
+            second = [sigma.abs() for sigma in second]
+        return {"ebb": self.tau * torch.stack([sigma.mean() for sigma in second]).mean()} if second else {}
 
     def on_step_(self, student: nn.Module, step: int, steps: int) -> None:
         if step < self.transition_step(steps):
