@@ -120,7 +120,9 @@ def check(recipe: RecipeName, overrides: Overrides = None, form: Form = Format.t
 def prepare(
     recipe: RecipeName,
     overrides: Overrides = None,
-    crops: Annotated[int, typer.Option("--crops", min=1, help="Random crops per image (data.crop = random).")] = 1,
+    crops: Annotated[
+        int | None, typer.Option("--crops", min=1, help="Random crops per image (data.crop = random).")
+    ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store 16-bit floats: half the room, rounded.")] = False,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images per run of the first stage.")] = 16,
     form: Form = Format.table,

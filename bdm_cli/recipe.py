@@ -5,6 +5,7 @@ checks every key. The `[method]` table is checked by the method it names (method
 in the method's own file.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -26,13 +27,24 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PLACES = {"data.path", "data.latents", "first_stage.path"}
 """Keys that say where an input lies whose content the data set's name fixes."""
 
+MOVABLE = PLACES | {"model.pretrained"}
+"""Keys that may change after training: where inputs of the sampling lie (a text encoder, with its model)."""
+
 FILES = {"model.pretrained", "evaluate.reference"}
 """Keys that name a file whose content changes results: part of the id when overridden (by the file's name and a hash of
 its path), but not of the digest, since the same file may lie elsewhere on another machine."""
 
 NEUTRAL = (
     PLACES
-    | {"summary", "data.get_it", "model.get_it", "first_stage.get_it", "sample.batch", "sample.shard"}
+    | {
+        "summary",
+        "evaluate.get_it",
+        "data.get_it",
+        "model.get_it",
+        "first_stage.get_it",
+        "sample.batch",
+        "sample.shard",
+    }
     | {
         f"{section}.{key}"
         for section in ("train", "pretrain")
@@ -40,6 +52,12 @@ NEUTRAL = (
     }
 )
 """Keys that do not change what is computed: no part of a recipe's id, and free to change on --resume."""
+
+
+def neutral(dataset: str) -> set[str]:
+    """NEUTRAL for a data set: of a folder of one's own, the path is what is computed with."""
+    return NEUTRAL - {"data.path"} if dataset == "folder" else NEUTRAL
+
 
 SHARED_METHOD_KEYS = ("activation_bits", "edge_bits", "attention_matmul")
 """Fields that every method has (methods/base.py), kept when `--method` or a child recipe changes the method."""
@@ -131,7 +149,7 @@ class FirstStage(Section):
 
     @property
     def channels(self) -> int:
-        return self.arguments.get("latent_channels", 0)
+        return self.arguments.get("vq_embed_dim") or self.arguments.get("latent_channels", 0)
 
 
 class Scheduler(Section):
@@ -219,6 +237,7 @@ class Evaluate(Section):
     reference: str = ""
     prepare: Preparation = "none"
     n_reference: NonNegative = 10_000
+    get_it: str = ""
 
 
 class Recipe(Section):
@@ -287,6 +306,8 @@ class Recipe(Section):
             )
         if unet.condition == "none" and any(budget and budget.drop_condition for budget in (self.train, self.pretrain)):
             found.append(f"drop_condition: the network '{unet.name}' is unconditional; it must be 0")
+        if unet.condition == "text" and not isinstance(unet.arguments.get("cross_attention_dim"), int):
+            found.append("unet.arguments.cross_attention_dim: is missing; give the width of the text's rows")
         bad = [c for c in s.classes if c >= unet.n_classes - 1]
         if unet.condition == "classes" and bad:
             found.append(
@@ -297,18 +318,24 @@ class Recipe(Section):
 
     def _shape_faults(self) -> list[str]:
         arguments, data, first = self.unet.arguments, self.data, self.first_stage
+        found = []
+        if arguments.get("out_channels") not in (None, arguments.get("in_channels")):
+            found.append(
+                f"unet.arguments: {arguments['out_channels']} output channels for {arguments.get('in_channels')} input "
+                "channels; only networks that predict the noise alone can be trained (no learned variance)"
+            )
         given = tuple(arguments.get(key) for key in ("sample_size", "in_channels"))
         if first is None and given != (data.image_size, data.channels):
-            return [
+            found.append(
                 f"unet.arguments sample_size, in_channels = {given} must be data's image_size, channels = "
                 f"{(data.image_size, data.channels)}"
-            ]
+            )
         if first is not None and given != (data.image_size // first.factor, first.channels):
-            return [
+            found.append(
                 f"unet.arguments sample_size, in_channels = {given} must be the first stage's latents: data.image_size "
                 f"{data.image_size} / {first.factor}, {first.channels} channels"
-            ]
-        return []
+            )
+        return found
 
     def pretraining(self) -> "Recipe":
         """The recipe that makes this one's teacher: the same network and data, from scratch, with its [pretrain].
@@ -347,7 +374,7 @@ class Recipe(Section):
         Values equal to the schema's default are left out, so that a new key does not make old records strangers.
         """
         values = _flatten(self.model_dump(mode="json", exclude_defaults=True, exclude={"name", "overrides"}))
-        told = {k: _printed(v) for k, v in values.items() if k not in NEUTRAL | FILES}
+        told = {k: _printed(v) for k, v in values.items() if k not in neutral(self.data.dataset) | FILES}
         text = json.dumps(told, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -357,7 +384,9 @@ class Recipe(Section):
 
 def _suffix(overrides: dict[str, Any]) -> str:
     return "".join(
-        sorted(f"+{key}={_file(value) if key in FILES else _printed(value)}" for key, value in overrides.items())
+        sorted(
+            f"+{key}={_file(value) if key in FILES | PLACES else _printed(value)}" for key, value in overrides.items()
+        )
     )
 
 
@@ -371,7 +400,11 @@ def _printed(value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         value = int(value)
     text = value if isinstance(value, str) else json.dumps(value)
-    return text.replace("/", "_").replace(" ", "").replace('"', "")
+    short = text.replace("/", "_").replace(" ", "").replace('"', "")
+    words = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(word, str) and set(word) & set(' /",[]') for word in words):  # prompts: two may shorten to one
+        return f"{short[:24]}~{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return short
 
 
 def roots() -> list[Path]:
@@ -392,31 +425,44 @@ def load(name: str, overrides: Sequence[str] = (), method: str | None = None) ->
         recipe with the method's defaults.
     Raises: BdmError that lists every fault, with its dotted key and the value given.
     """
-    if method is not None and _sibling(name, method) in names():
-        name, method = _sibling(name, method), None
+    if method is not None and sibling(name, method) in names():
+        name, method = sibling(name, method), None
     table = _read(name)
     given = dict(_parse(text) for text in overrides)
     switched = {}
     if method is not None and method != table.get("method", {}).get("name"):
         table["method"] = _of_method(method, table.get("method", {}))
         switched = {"method.name": method}
-    base = _flatten(table)
+    file, table = table, copy.deepcopy(table)
     for key, value in given.items():
         _assign(table, key, value)
-    table = _with_pretrained(table)
-    changed = switched | {k: v for k, v in given.items() if k not in NEUTRAL and not (k in base and base[k] == v)}
+    found = _of_pretrained(table)
+    table, base = _merge(found, table), _flatten(_merge(found, file))
+    free = neutral(base.get("data.dataset"))
+    changed = switched | {k: v for k, v in given.items() if k not in free and not (k in base and base[k] == v)}
     return _check({**table, "name": Path(name).stem, "overrides": changed})
 
 
-def _with_pretrained(table: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without a network of its own takes what its pretrained folder says, below its own values."""
-    source = table.get("model", {}).get("pretrained", "")
-    if "name" in table.get("unet", {}) or not isinstance(source, str) or not pretrained.is_folder(source):
-        return table
-    return _merge(pretrained.sections(source), table)
+def _of_pretrained(table: dict[str, Any]) -> dict[str, Any]:
+    """What the pretrained folder of a recipe without a network of its own says; it stands below the recipe's values."""
+    model, unet = table.get("model"), table.get("unet", {})
+    source = model.get("pretrained") if isinstance(model, dict) else None
+    if not isinstance(source, str) or not isinstance(unet, dict) or "name" in unet:
+        return {}
+    if source and not pretrained.is_folder(source):
+        raise BdmError(
+            f"model.pretrained: {source} says nothing about its network, and the recipe has no [unet].\n"
+            "  give a diffusers folder (bdm import makes one of an original checkpoint), or the network: [unet]"
+        )
+    found = pretrained.sections(source) if source else {}
+    if found and "scheduler" not in found and "scheduler" not in table:
+        raise BdmError(
+            f"{source} has no scheduler/scheduler_config.json.\n  give the noise schedule in the recipe: [scheduler]"
+        )
+    return found
 
 
-def _sibling(name: str, method: str) -> str:
+def sibling(name: str, method: str) -> str:
     """The name of the recipe for the same data set and activation bits with another method, by the naming rule."""
     found = re.fullmatch(r"([\w-]+?)-w\d+a(\d+)(-\w+)?", name)
     if not found:
@@ -441,9 +487,10 @@ def resolved(spec: Recipe) -> dict[str, Any]:
     return {k: v for k, v in _flatten(spec.model_dump(mode="json")).items() if not k.startswith("overrides")}
 
 
-def of_run(stored: Recipe, overrides: Sequence[str], like: Recipe | None = None) -> Recipe:
+def of_run(stored: Recipe, overrides: Sequence[str], like: Recipe | None = None, plain: Recipe | None = None) -> Recipe:
     """The recipe of a finished run with other [sample] and [evaluate] values: those of `like`, then `overrides`.
 
+    plain: the recipe's file without overrides, against which the id is told; None = the known recipe of that name.
     Raises: BdmError if an override concerns what was already fixed by the training.
     """
     table = stored.model_dump(mode="json")
@@ -456,14 +503,15 @@ def of_run(stored: Recipe, overrides: Sequence[str], like: Recipe | None = None)
                 table[section][place] = now[section][place]
     for text in overrides:
         key, value = _parse(text)
-        if key.split(".")[0] not in AFTER_TRAINING and key not in PLACES:
-            allowed = ", ".join(sorted(PLACES))
+        if key.split(".")[0] not in AFTER_TRAINING and key not in MOVABLE:
+            allowed = ", ".join(sorted(MOVABLE))
             raise BdmError(
                 f"'{key}' was fixed when the run was trained.\n  allowed here: sample.*, evaluate.*, {allowed}"
             )
         _assign(table, key, value)
     spec = _check({**table, "overrides": {}})
-    plain = load(stored.name) if stored.name in names() else like or stored
+    if plain is None:
+        plain = load(stored.name) if stored.name in names() else stored
     was, now = resolved(plain), resolved(spec)
     later = {k for k in now if k.split(".")[0] in AFTER_TRAINING and k not in NEUTRAL and now[k] != was.get(k)}
     trained = {k: v for k, v in stored.overrides.items() if k.split(".")[0] not in AFTER_TRAINING}
@@ -472,8 +520,8 @@ def of_run(stored: Recipe, overrides: Sequence[str], like: Recipe | None = None)
 
 def difference(a: Recipe, b: Recipe) -> list[str]:
     """Dotted keys in which two recipes differ, with both values; neutral keys are not compared."""
-    left, right = resolved(a), resolved(b)
-    keys = sorted(k for k in left.keys() | right.keys() if k not in NEUTRAL and left.get(k) != right.get(k))
+    left, right, free = resolved(a), resolved(b), neutral(a.data.dataset)
+    keys = sorted(k for k in left.keys() | right.keys() if k not in free and left.get(k) != right.get(k))
     return [f"{key}: {left.get(key)!r} / {right.get(key)!r}" for key in keys]
 
 
@@ -505,13 +553,17 @@ def _merge(parent: dict, child: dict) -> dict:
     """child over parent, table by table. A `[method]` of another name keeps only the parent's shared keys."""
     merged = dict(parent)
     for key, value in child.items():
-        if key == "method" and "name" in value and value["name"] != parent.get("method", {}).get("name"):
+        if key == "method" and isinstance(value, dict) and value.get("name") not in (None, _method_name(parent)):
             merged[key] = _of_method(value["name"], parent.get("method", {})) | value
         elif isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = _merge(merged[key], value)
         else:
             merged[key] = value
     return merged
+
+
+def _method_name(table: dict) -> str | None:
+    return table.get("method", {}).get("name")
 
 
 def _of_method(name: str, other: dict) -> dict:

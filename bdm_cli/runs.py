@@ -60,8 +60,12 @@ def samples_npz(spec: Recipe, run_id: str) -> Path:
     if s.guidance != 1:
         parts.append(f"guidance{s.guidance:g}")
     if s.classes or s.prompts:
-        told = ",".join(map(str, s.classes or s.prompts))
+        told = json.dumps([s.classes, s.prompts])
         parts.append(f"of-{hashlib.sha256(told.encode()).hexdigest()[:8]}")
+    if spec.first_stage is not None and recipe_copy(run_id).exists():
+        trained = stored_recipe(run_id).first_stage
+        if trained is not None and trained.path != spec.first_stage.path:
+            parts.append(f"by-{hashlib.sha256(spec.first_stage.path.encode()).hexdigest()[:8]}")
     folder = run_dir(run_id) / "samples" / "-".join(parts)
     return folder / f"samples-{s.n_images}.npz"
 
@@ -103,13 +107,14 @@ def target(
     """
     if (run_id is None) == (name is None):
         raise BdmError("give either --run ID or --recipe NAME (with --seed).\n  e.g. --recipe digits-w1a4 --seed 0")
-    like = None
+    like = plain = None
     if name is not None:
-        like, overrides = recipe.load(name, overrides, method), ()
+        trained = [text for text in overrides if text.split(".")[0] not in recipe.AFTER_TRAINING]
+        like, plain, overrides = recipe.load(name, overrides, method), recipe.load(name, trained, method), ()
         run_id = like.run_id(seed)
     existing(run_id)
     stored = stored_recipe(run_id)
-    return recipe.of_run(stored, overrides, like), run_id
+    return recipe.of_run(stored, overrides, like, plain), run_id
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
 """Building teacher and student from a recipe, and students on disk."""
 
 import copy
+import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from bdm_cli import methods, recipe, records, runs, tensorfile
@@ -12,6 +15,9 @@ from bdm_cli.diffusion.models import build_unet, load_strictly, load_teacher
 from bdm_cli.errors import BdmError
 from bdm_cli.methods.base import Method
 from bdm_cli.recipe import Recipe
+
+PATIENCE = datetime.timedelta(days=7)
+"""How long processes wait for each other: one may have hours of sampling or encoding left."""
 
 
 class Built(NamedTuple):
@@ -44,6 +50,12 @@ def use_threads(spec: Recipe) -> None:
     """The recipe's number of CPU threads, on which the rounding of sums depends; 0 leaves torch's default."""
     if spec.train.threads:
         torch.set_num_threads(spec.train.threads)
+
+
+def processes() -> PartialState:
+    """This process and its fellows under torchrun or `accelerate launch`; on the CPU without a GPU, or if so told."""
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    return PartialState(cpu=cpu, timeout=PATIENCE)
 
 
 def save(path: Path, student: nn.Module, spec: Recipe, seed: int, step: int) -> None:

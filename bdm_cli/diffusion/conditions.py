@@ -1,5 +1,6 @@
 """What a conditional network is told beside x_t and t: nothing, a class, or a text."""
 
+import collections
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from torch import Tensor
 from bdm_cli import output, pretrained
 from bdm_cli.errors import BdmError
 from bdm_cli.recipe import Recipe
+
+REMEMBERED = 256
+"""Texts whose hidden states are kept."""
 
 
 class Condition:
@@ -66,11 +70,15 @@ class Text(Condition):
     text is one row of zeros.
     """
 
-    def __init__(self, folder: Path | None, width: int, prompts: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path | None, width: int, prompts: Sequence[str] = (), device: torch.device | str = "cpu"
+    ) -> None:
         self.width, self.prompts = width, list(prompts) or [""]
+        self.known: collections.OrderedDict[str, Tensor] = collections.OrderedDict()
         self.tokenizer = self.encoder = None
         if folder is not None and (folder / "text_encoder").is_dir():
             self.tokenizer, self.encoder = _text_encoder(folder)
+            self.encoder.to(device)
             if self.encoder.config.hidden_size != width:
                 raise BdmError(
                     f"the text encoder in {folder} gives rows of {self.encoder.config.hidden_size} numbers, the "
@@ -84,16 +92,20 @@ class Text(Condition):
 
     @torch.no_grad()
     def encoded(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Hidden states of the texts; those of the last REMEMBERED distinct ones are not computed again."""
         if self.encoder is None:
             return (torch.zeros(len(texts), 1, self.width),)
-        tokens = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return (self.encoder(tokens.input_ids).last_hidden_state,)
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        if new:
+            longest = self.tokenizer.model_max_length
+            tokens = self.tokenizer(
+                new, padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
+            ).to(self.encoder.device)
+            self.known |= zip(new, self.encoder(tokens.input_ids).last_hidden_state, strict=True)
+        found = torch.stack([self.known[text] for text in texts])
+        while len(self.known) > REMEMBERED:
+            self.known.popitem(last=False)
+        return (found,)
 
     def of_training(self, known: Sequence[str] | None, dropped: Tensor) -> tuple[Tensor, ...]:
         texts = [""] * len(dropped) if known is None else known
@@ -112,14 +124,14 @@ def dealt(choices: int, indices: range, seed: int) -> np.ndarray:
     return np.array([order[i // choices][i % choices] for i in indices], dtype=np.int64)
 
 
-def of_recipe(spec: Recipe) -> Condition:
-    """The condition of a recipe's network. Raises: BdmError if its text encoder cannot be read."""
+def of_recipe(spec: Recipe, device: torch.device | str = "cpu") -> Condition:
+    """The condition of a recipe's network; a text encoder runs on `device`. Raises: BdmError if that cannot be read."""
     if spec.unet.condition == "classes":
         return Classes(spec.unet.n_classes, spec.sample.classes)
     if spec.unet.condition == "text":
         source = spec.model.pretrained
-        folder = pretrained.folder(source, weights=True) if pretrained.is_folder(source) else None
-        found = Text(folder, spec.unet.arguments["cross_attention_dim"], spec.sample.prompts)
+        folder = pretrained.folder(source) if pretrained.is_folder(source) else None
+        found = Text(folder, spec.unet.arguments["cross_attention_dim"], spec.sample.prompts, device)
         if found.encoder is None:
             output.say(f"{spec.name}: no text encoder beside the network; every text is a row of zeros")
         return found
@@ -136,7 +148,13 @@ def _text_encoder(folder: Path) -> tuple[object, torch.nn.Module]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         name = transformers.AutoConfig.from_pretrained(folder / "text_encoder", local_files_only=True).architectures[0]
-        encoder = getattr(transformers, name).from_pretrained(folder / "text_encoder", local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BdmError(f"cannot read the text encoder in {folder} ({error}).\n  copy the folder again") from None
+        encoder, info = getattr(transformers, name).from_pretrained(
+            folder / "text_encoder", local_files_only=True, output_loading_info=True
+        )
+        invented = [*info["missing_keys"], *info["mismatched_keys"]]
+        if invented:
+            raise ValueError(f"{len(invented)} tensors missing or misshapen: {min(map(str, invented))} ...")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise BdmError(f"cannot read the text encoder in {folder} ({reason}).\n  copy the folder again") from None
     return tokenizer, encoder.eval().requires_grad_(False)

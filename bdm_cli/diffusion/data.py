@@ -107,6 +107,13 @@ class Images:
             digest.update(self._numbers.data)
         return digest.hexdigest()
 
+    def names_digest(self) -> str:
+        """Identity that survives copying and touching: preparation, names and order of the images."""
+        digest = hashlib.sha256(f"{self.how} {self.shape}".encode())
+        for i in range(len(self)):
+            digest.update(f"{self.name(i)}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
     def _chosen(self, which: slice | Sequence[int] | np.ndarray) -> np.ndarray:
         """int64 positions in 0..N-1."""
         if isinstance(which, slice):
@@ -254,12 +261,14 @@ def batch_indices(n_images: int, batch: int, step: int, seed: int) -> np.ndarray
 
     So a resumed training sees the batches that an uninterrupted one would.
     """
-    positions = np.arange(step * batch, (step + 1) * batch)
-    order = {
-        int(epoch): np.random.default_rng([seed, int(epoch)]).permutation(n_images)
-        for epoch in np.unique(positions // n_images)
-    }
-    return np.array([order[int(p // n_images)][p % n_images] for p in positions])
+    positions = range(step * batch, (step + 1) * batch)
+    return np.array([_epoch(n_images, seed, p // n_images)[p % n_images] for p in positions])
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(n_images: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch; kept, since shuffling three million numbers takes longer than a training step."""
+    return np.random.default_rng([seed, epoch]).permutation(n_images)
 
 
 def _digits() -> readers.Arrays:

@@ -69,12 +69,15 @@ def load(spec: recipe.FirstStage) -> FirstStage:
     network = from_pretrained(getattr(diffusers, spec.kind), path)
     wanted = construction(spec.arguments)
     told = {k: tuple(v) if isinstance(v, list) else v for k, v in network.config.items()}
-    other = sorted(k for k, v in wanted.items() if k != "scaling_factor" and told.get(k) != v)
+    other = sorted(k for k, v in wanted.items() if told.get(k) != v)
     if other:
         lines = "\n".join(f"  {k}: {told.get(k)} there, {wanted[k]} in the recipe" for k in other)
         raise BdmError(
             f"{path} holds another first stage than the recipe's:\n{lines}\n  give the right first_stage.path"
         )
+    shifted = sorted(k for k in ("shift_factor", "latents_mean", "latents_std") if told.get(k) is not None)
+    if shifted:
+        raise BdmError(f"{path}: its latents are shifted ({', '.join(shifted)}).\n  allowed: a scaling_factor alone")
     return FirstStage(network).eval().requires_grad_(False)
 
 
@@ -90,5 +93,7 @@ def scaling_factor(network: nn.Module, images: Tensor) -> float:
     stage = FirstStage(network)
     stage.scale = 1.0
     moments = stage.moments(images)
-    noise = torch.randn(moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]) if stage.variational else None
+    noise = None
+    if stage.variational:
+        noise = torch.randn(moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]).to(moments.device)
     return float(1 / stage.latents(moments, noise).std())

@@ -9,6 +9,7 @@ A view is one way in which training may see an image: mirrored or not, and one o
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -32,10 +33,12 @@ OPEN_SHARDS = 256
 class Cache:
     """A whole cache, read by memory map: nothing but the asked-for rows is read.
 
-    Raises: BdmError if it is not whole, or of another data set, preparation or first stage than the recipe's.
+    images: the images it should be of, where they are at hand; None takes the cache's word.
+    Raises: BdmError if it is not whole, or of other images, another preparation or first stage than the recipe's; on
+    reading, if a file is missing or cut short.
     """
 
-    def __init__(self, spec: Recipe) -> None:
+    def __init__(self, spec: Recipe, images: Images | None = None) -> None:
         self.folder = locate(spec.data.latents)
         plan, whole = (_json(self.folder / name) for name in ("plan.json", "cache.json"))
         if plan is None or whole is None:
@@ -43,16 +46,32 @@ class Cache:
                 f"the latent cache {self.folder} is not whole.\n"
                 f"  go on with: bdm data prepare --recipe {spec.name}, or remove the folder"
             )
-        _compare(self.folder, plan, _wanted(spec))
+        _compare(self.folder, plan, _wanted(spec) | ({} if images is None else _identity(spec, images)))
         self.crops, self.flip, self.shard = plan["crops"], plan["flip"], plan["shard"]
+        self.identity = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
         self.n_images: int = whole["n_images"]
         labels, captions = self.folder / "labels.npy", self.folder / "captions.json"
         self.labels = np.load(labels) if labels.exists() else None
         self.captions = json.loads(captions.read_text()) if captions.exists() else None
-        self._open = lru_cache(OPEN_SHARDS)(lambda index: np.load(shard_path(self.folder, index), mmap_mode="r"))
+        known = spec.unet.n_classes - 1
+        if spec.unet.condition == "classes" and self.labels.max() >= known:
+            raise BdmError(
+                f"the latent cache {self.folder} has {self.labels.max() + 1} classes, the network '{spec.unet.name}' "
+                f"knows {known}.\n  use the images that the network was made for"
+            )
+        self._open = lru_cache(OPEN_SHARDS)(self._shard)
 
     def __len__(self) -> int:
         return self.n_images
+
+    def _shard(self, index: int) -> np.ndarray:
+        path = shard_path(self.folder, index)
+        try:
+            return np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise BdmError(
+                f"the latent cache lacks a whole {path} ({error}).\n  remove it, and go on with: bdm data prepare"
+            ) from None
 
     def moments(self, indices: np.ndarray, views: np.ndarray) -> Tensor:
         """float32 [n, m, h, w]."""
@@ -83,28 +102,25 @@ def write(
     Raises: BdmError if the folder holds another cache, or a file cannot be written.
     """
     folder = locate(spec.data.latents)
-    views = (2 if spec.data.flip else 1) * crops
-    plan = _wanted(spec) | {
-        "crops": crops,
-        "shard": SHARD,
-        "dtype": "float16" if half else "float32",
-        "images": images.digest(),
-        "n_images": len(images),
-    }
+    plan = _wanted(spec) | _identity(spec, images)
+    plan |= {"crops": crops, "shard": SHARD, "dtype": "float16" if half else "float32", "n_images": len(images)}
+    _check_room(folder, plan, _encoded(spec, images, stage, range(1), crops, 1, lambda n: None))
     before = _json(folder / "plan.json")
     if before is not None:
         _compare(folder, before, plan)
     elif rank == 0:
         runs.write_text(folder / "plan.json", json.dumps(plan, indent=2))
-    device = next(stage.parameters()).device
-    shards = range(rank, -(-len(images) // SHARD), world)
+    n_shards = -(-len(images) // SHARD)
+    if rank == 0 and not all(shard_path(folder, index).exists() for index in range(n_shards)):
+        (folder / "cache.json").unlink(missing_ok=True)  # not whole any more
+    shards = range(rank, n_shards, world)
     total = sum(min(SHARD, len(images) - k * SHARD) for k in shards)
     with output.progress(f"encoding into {folder}", total, "images") as advance:
         for index in shards:
             chosen = range(index * SHARD, min((index + 1) * SHARD, len(images)))
             path = shard_path(folder, index)
             if not path.exists():
-                encoded = _encoded(spec, images, stage, chosen, views, batch, device, advance)
+                encoded = _encoded(spec, images, stage, chosen, crops, batch, advance)
                 array = encoded.astype(plan["dtype"])
                 runs.write_whole(path, lambda temporary, array=array: np.save(temporary, array))
             else:
@@ -126,22 +142,39 @@ def _encoded(
     images: Images,
     stage: FirstStage,
     chosen: range,
-    views: int,
+    crops: int,
     batch: int,
-    device: torch.device,
     advance: Callable[[int], None],
 ) -> np.ndarray:
     """Moments [len(chosen), views, m, h, w] of some images."""
+    device = next(stage.parameters()).device
     made = []
     for first in range(chosen.start, chosen.stop, batch):
         indices = range(first, min(first + batch, chosen.stop))
         of_views = []
-        for crop in range(views // (2 if spec.data.flip else 1)):
-            pixels = to_float(images.views(indices, np.random.default_rng([crop, first]))).to(device)
+        for crop in range(crops):
+            if spec.data.crop == "random":  # a generator per image, so that `batch` does not change the crops
+                views_of = [images.views([i], np.random.default_rng([crop, i])) for i in indices]
+                pixels = to_float(np.concatenate(views_of)).to(device)
+            else:
+                pixels = to_float(images[indices]).to(device)
             of_views += [stage.moments(x) for x in ((pixels, pixels.flip(-1)) if spec.data.flip else (pixels,))]
         made.append(torch.stack(of_views, dim=1).float().cpu().numpy())
         advance(len(indices))
     return np.concatenate(made)
+
+
+def _check_room(folder: Path, plan: dict, one: np.ndarray) -> None:
+    """Say how much room the cache takes. Raises: BdmError if the disk has less; one: the moments of one image."""
+    there = sum(path.stat().st_size for path in folder.glob("moments-*.npy"))
+    size = plan["n_images"] * one.size * np.dtype(plan["dtype"]).itemsize
+    free = shutil.disk_usage(next(p for p in (folder, *folder.resolve().parents) if p.exists())).free
+    output.say(f"{plan['n_images']:,} images take {size / 2**30:.2f} GiB as {plan['dtype']}: {folder}")
+    if size - there > free:
+        raise BdmError(
+            f"the latent cache {folder} needs {size / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB free.\n"
+            "  store 16-bit floats (--half), or choose another place: --set data.latents=PATH"
+        )
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -153,7 +186,8 @@ def _wanted(spec: Recipe) -> dict[str, object]:
     stage = locate(spec.first_stage.path)
     digest = hashlib.sha256()
     for path in sorted(stage.glob("*")) if stage.is_dir() else ():
-        digest.update(path.read_bytes())
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".bin") and path.name != "origin.json":
+            digest.update(path.read_bytes())
     d = spec.data
     return {
         "dataset": d.dataset,
@@ -163,7 +197,14 @@ def _wanted(spec: Recipe) -> dict[str, object]:
         "crop": d.crop,
         "flip": d.flip,
         "first_stage": digest.hexdigest()[:16],
+        "condition": spec.unet.condition,
     }
+
+
+def _identity(spec: Recipe, images: Images) -> dict[str, str]:
+    """Which images a cache is of, and what is told about them."""
+    told = json.dumps(images.captions) if spec.unet.condition == "text" else ""
+    return {"images": images.names_digest(), "captions": hashlib.sha256(told.encode()).hexdigest()[:16]}
 
 
 def _compare(folder: Path, there: dict, wanted: dict) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
+import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -12,6 +13,15 @@ from bdm_cli import pretrained, tensorfile
 from bdm_cli.errors import BdmError
 from bdm_cli.places import locate
 from bdm_cli.recipe import Recipe, Scheduler, Unet
+
+REASON = 400
+"""Characters of another library's message that are passed on."""
+
+BEYOND = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim", "time_cond_proj_dim")
+"""Arguments of networks that want further inputs."""
+
+HARMLESS = {"sample_size", "dropout"}
+"""Arguments that do not change what a trained network computes."""
 
 
 class ClassConditionalUnet(UNet2DConditionModel):
@@ -38,10 +48,12 @@ def build_unet(spec: Unet) -> nn.Module:
     Raises: BdmError if diffusers refuses the arguments, or the network wants conditions that bdm cannot give.
     """
     arguments = construction(spec.arguments)
-    if arguments.get("class_embed_type") or arguments.get("num_class_embeds") or arguments.get("addition_embed_type"):
+    beyond = sorted(key for key in BEYOND if arguments.get(key))
+    if isinstance(arguments.get("cross_attention_dim"), tuple):
+        beyond.append("several values of cross_attention_dim")
+    if beyond:
         raise BdmError(
-            f"unet '{spec.name}' wants class labels or further inputs beside its context (class_embed_type, "
-            "num_class_embeds, addition_embed_type).\n"
+            f"unet '{spec.name}' wants inputs beyond image, time and one context ({', '.join(beyond)}).\n"
             "  allowed: unconditional networks, one text encoder's context, or unet.n_classes"
         )
 
@@ -127,13 +139,32 @@ def _file_tensors(spec: Recipe) -> tuple[Path, dict[str, Tensor]]:
 
 def _folder_tensors(spec: Recipe) -> tuple[Path, dict[str, Tensor]]:
     """Of a diffusers folder: its U-Net's tensors, and the class embedding's if the network has one."""
-    root = pretrained.folder(spec.model.pretrained, weights=True)
+    root = pretrained.folder(spec.model.pretrained)
     path = pretrained.part(root, "unet")
+    _compare(spec.unet, pretrained.unet(spec.model.pretrained), path)
     tensors = from_pretrained(getattr(diffusers, spec.unet.kind), path).state_dict()
     if spec.unet.n_classes:
         embedding, _ = tensorfile.read(root / "class_embedder" / "model.safetensors")
         tensors |= {f"class_embedder.{name}": tensor for name, tensor in embedding.items()}
     return path, tensors
+
+
+def _compare(spec: Unet, told: dict, path: Path) -> None:
+    """Raises: BdmError if the recipe's network is another than the folder's, which its tensors alone may not show."""
+    with torch.device("meta"):
+        ours, theirs = (dict(build_unet(unet).config) for unet in (spec, Unet.model_validate(told)))
+    ours["heads"], theirs["heads"] = spec.heads, told["heads"]
+    keys = sorted(k for k in ours.keys() | theirs.keys() if not k.startswith("_") and k not in HARMLESS)
+    other = [k for k in keys if _plain(ours.get(k)) != _plain(theirs.get(k))]
+    if other:
+        lines = "\n".join(f"  {k}: {theirs.get(k)!r} there, {ours.get(k)!r} in the recipe" for k in other)
+        raise BdmError(
+            f"{path} holds another network than the recipe's [unet]:\n{lines}\n  leave [unet] out, or mend it"
+        )
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def from_pretrained(kind: type[nn.Module], path: Path) -> nn.Module:
@@ -146,8 +177,8 @@ def from_pretrained(kind: type[nn.Module], path: Path) -> nn.Module:
     diffusers.logging.set_verbosity_error()  # what it would warn of is an error here
     try:
         network, info = kind.from_pretrained(path, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:REASON]
         raise BdmError(f"diffusers cannot read the network in {path} ({reason}).\n  {pretrained.ALLOWED}") from None
     finally:
         diffusers.logging.set_verbosity(before)

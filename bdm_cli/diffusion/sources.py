@@ -9,11 +9,17 @@ from torch import Tensor
 from bdm_cli import output
 from bdm_cli.diffusion import data, first_stage, latent_cache
 from bdm_cli.diffusion.first_stage import FirstStage
+from bdm_cli.places import locate
 from bdm_cli.recipe import Recipe
 
 
 class Pixels:
-    """Training images as they are: float32 [n, C, H, W] in [-1, 1]; some mirrored where the recipe says so."""
+    """Training images as they are: float32 [n, C, H, W] in [-1, 1]; some mirrored where the recipe says so.
+
+    identity: what a training on it must be resumed with.
+    """
+
+    identity = "images"
 
     def __init__(self, spec: Recipe) -> None:
         self.images = data.training_images(spec)
@@ -56,7 +62,11 @@ class Cached:
     """Their latents, from a cache of moments."""
 
     def __init__(self, spec: Recipe, stage: FirstStage) -> None:
-        self.cache, self.stage = latent_cache.Cache(spec), stage
+        path = locate(spec.data.path)
+        at_hand = not spec.data.path or path.is_file() or (path.is_dir() and any(path.iterdir()))
+        self.cache = latent_cache.Cache(spec, data.training_images(spec) if at_hand else None)
+        self.stage = stage
+        self.identity = f"a latent cache ({self.cache.identity})"
 
     def __len__(self) -> int:
         return len(self.cache)

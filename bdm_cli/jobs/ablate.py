@@ -78,8 +78,9 @@ def _row(base: str, variant: Variant, overrides: Sequence[str]) -> Row:
 def _recipe(base: str, variant: Variant, overrides: Sequence[str]) -> Recipe:
     """The recipe of a row. Full precision is `<dataset>-fp`, untrained, whatever the base's bits and budget."""
     if variant.method == "fp":
-        dataset = recipe.load(base).data.dataset
-        return recipe.load(f"{dataset}-fp", [text for text in overrides if not text.startswith(("train.", "method."))])
+        return recipe.load(
+            recipe.sibling(base, "fp"), [text for text in overrides if not text.startswith(("train.", "method."))]
+        )
     return recipe.load(base, [*overrides, *variant.overrides], variant.method)
 
 

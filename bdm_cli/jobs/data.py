@@ -2,9 +2,8 @@
 
 import numpy as np
 import pandas as pd
-from accelerate import PartialState
 
-from bdm_cli import output, runs
+from bdm_cli import output, runs, student
 from bdm_cli.diffusion import data, first_stage, latent_cache, readers, sampling
 from bdm_cli.errors import BdmError
 from bdm_cli.places import locate
@@ -55,11 +54,11 @@ def check(recipe: Recipe) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["What", "Found"])
 
 
-def prepare(recipe: Recipe, crops: int = 1, half: bool = False, batch: int = 16) -> pd.DataFrame:
+def prepare(recipe: Recipe, crops: int | None = None, half: bool = False, batch: int = 16) -> pd.DataFrame:
     """Encode a latent model's training images once, into the recipe's data.latents; goes on where it was left.
 
-    crops: random crops per image, where data.crop is random. half: 16-bit floats. batch: images per run of the encoder.
-    Every process of a distributed launch encodes its part.
+    crops: random crops per image, to be given where data.crop is random. half: 16-bit floats. batch: images per run of
+    the encoder. Every process of a distributed launch encodes its part.
     Raises: BdmError for a recipe without a first stage, for missing inputs, or if the folder holds another cache.
     """
     if recipe.first_stage is None or not recipe.data.latents:
@@ -68,9 +67,15 @@ def prepare(recipe: Recipe, crops: int = 1, half: bool = False, batch: int = 16)
             "  allowed: bedrooms, churches, ffhq, imagenet, digits-ldm, digits-cond and their siblings, "
             "or --set data.latents=PATH"
         )
-    if crops > 1 and recipe.data.crop != "random":
+    if crops is not None and recipe.data.crop != "random":
         raise BdmError(f"--crops {crops}: the images of '{recipe.name}' are cropped in the centre.\n  leave it out")
-    processes = PartialState()
+    if crops is None and recipe.data.crop == "random":
+        raise BdmError(
+            f"'{recipe.name}' crops at random, anew at every use; a cache holds as many crops per image as you say.\n"
+            "  give --crops N, e.g. --crops 4, or --set data.crop=centre"
+        )
+    crops = crops or 1
+    processes = student.processes()
     stage = first_stage.load(recipe.first_stage).to(processes.device)
     images = data.training_images(recipe)
     folder = latent_cache.write(

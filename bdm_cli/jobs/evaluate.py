@@ -67,7 +67,14 @@ def run(recipe: Recipe, path: Path, run_id: str | None = None) -> pd.DataFrame:
 
 def _reference(recipe: Recipe) -> ImageSet:
     if recipe.evaluate.reference:
-        return images.load(places.locate(recipe.evaluate.reference))
+        path = places.locate(recipe.evaluate.reference)
+        if not path.exists():
+            raise BdmError(
+                f"evaluate.reference: there is nothing at {path}.\n"
+                f"  get it: {recipe.evaluate.get_it or 'an npz with arr_0, or a folder of images'}\n"
+                "  or use the training images: --set evaluate.reference=''"
+            )
+        return images.load(path)
     return ImageSet("the training images", reference_images(recipe))
 
 

@@ -1,6 +1,7 @@
 """`bdm first-stage`: train a miniature's autoencoder from scratch, without perceptual or adversarial loss."""
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,18 @@ def run(spec: Recipe, seed: int = 0, out: Path | None = None) -> pd.DataFrame:
     folder = out or runs.run_dir(f"{spec.name}-first-stage-s{seed}")
     if folder.exists():
         raise BdmError(f"{folder} exists.\n  remove it, or give another --out or --seed")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise BdmError(f"cannot write {folder} ({error.strerror}).\n  give another --out") from None
+    try:
+        return _trained(spec, seed, images, folder, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _trained(spec: Recipe, seed: int, images: data.Images, folder: Path, temporary: Path) -> pd.DataFrame:
     budget = spec.first_stage.train
     if budget.threads:
         torch.set_num_threads(budget.threads)
@@ -52,9 +65,8 @@ def run(spec: Recipe, seed: int = 0, out: Path | None = None) -> pd.DataFrame:
     network.eval()
     sample = np.random.default_rng(seed).permutation(len(images))[:SCALING_IMAGES]
     factor = first_stage.scaling_factor(network, data.to_float(images[sample]).to(device))
-    temporary = folder.with_name(f".{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
     first_stage.save(network.cpu(), temporary, factor)
+    temporary.chmod(0o755)
     temporary.rename(folder)
     with torch.no_grad():
         x = data.to_float(images[sample])

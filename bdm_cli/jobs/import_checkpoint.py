@@ -28,7 +28,7 @@ def run(path: Path, model: str, weights: convert.Weights = "ema", out: Path | No
     """Convert the file strictly; one row per part of the folder that it became.
 
     model: one of MODELS or FIRST_STAGES. weights: the moving average, or the raw weights of the same file.
-    out: the folder; None = where the model's recipes look for their teacher.
+    out: the folder; None = where the model's recipes look for their teacher (for raw weights, beside it).
     Raises: BdmError if the file is damaged, of another model, or would run code, or the folder exists.
     """
     if model not in (*MODELS, *FIRST_STAGES):
@@ -42,6 +42,7 @@ def run(path: Path, model: str, weights: convert.Weights = "ema", out: Path | No
         folder = locate(f"models/first-stages/{model}")
     else:
         folder = locate(spec.model.pretrained)
+        folder = folder if weights == "ema" else folder.with_name(f"{folder.name}-raw")
     if folder.exists():
         raise BdmError(f"{folder} exists.\n  remove it, or give another --out")
     output.say(f"reading {path}")

@@ -5,7 +5,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
 
 from bdm_cli import output, runs, student
 from bdm_cli.diffusion import conditions, first_stage, sampling
@@ -33,31 +32,30 @@ def run(spec: Recipe, run_id: str) -> Path:
 
 
 def _sample(spec: Recipe, run_id: str, path: Path) -> Path:
-    s, seed, processes = spec.sample, runs.seed(run_id), PartialState()
+    s, seed, processes = spec.sample, runs.seed(run_id), student.processes()
     start = time.monotonic()
     stage = None if spec.first_stage is None else first_stage.load(spec.first_stage).to(processes.device)
-    condition = conditions.of_recipe(spec)
+    condition = conditions.of_recipe(spec, processes.device)
     unet = student.load_run(run_id).student.to(processes.device)
     draw = sampling.of_recipe(spec, unet, condition, stage, s.batch, seed)
     shards = [range(first, min(first + s.shard, s.n_images)) for first in range(0, s.n_images, s.shard)]
-    mine = shards[processes.process_index :: processes.num_processes]
+    processes.wait_for_everyone()  # all see the same shards as missing
+    missing = [shard for shard in shards if not _shard_path(path.parent, shard).exists()]
+    processes.wait_for_everyone()
+    mine = missing[processes.process_index :: processes.num_processes]
     with output.progress(f"sampling {run_id}", sum(map(len, mine)), "images") as advance:
         for shard in mine:
-            file = _shard_path(path.parent, shard)
-            if file.exists():
-                advance(len(shard))
-                continue
             made = []
             for first in range(shard.start, shard.stop, s.batch):
                 indices = range(first, min(first + s.batch, shard.stop))
                 made.append(draw(indices))
                 advance(len(indices))
-            _write_array(file, np.concatenate(made))
+            _write_array(_shard_path(path.parent, shard), np.concatenate(made))
     processes.wait_for_everyone()
     if processes.is_main_process:
         files = [_shard_path(path.parent, shard) for shard in shards]
         labels = condition.labels(range(s.n_images), seed)
-        grid = sampling.grid(np.load(files[0])[:GRID_IMAGES])
+        grid = sampling.grid(_first(files, GRID_IMAGES))
         runs.write_whole(path.parent / "grid.png", lambda temporary: grid.save(temporary))
         runs.write_whole(path, lambda temporary: _write_npz(temporary, files, s.n_images, labels))
         for file in files:
@@ -65,6 +63,16 @@ def _sample(spec: Recipe, run_id: str, path: Path) -> Path:
         output.say(f"{run_id}: {s.n_images} images in {time.monotonic() - start:.0f} s: {path}")
     processes.wait_for_everyone()
     return path
+
+
+def _first(files: list[Path], n: int) -> np.ndarray:
+    """The first n images of the shards."""
+    images = np.load(files[0])[:n]
+    for file in files[1:]:
+        if len(images) >= n:
+            break
+        images = np.concatenate([images, np.load(file)[: n - len(images)]])
+    return images
 
 
 def _write_npz(path: Path, files: list[Path], n_images: int, labels: np.ndarray | None) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -57,9 +57,12 @@ def run(spec: Recipe, seed: int = 0, resume: bool = False) -> Path:
             output.say(f"{run_id} is finished already: {runs.weights(run_id)}")
             return runs.weights(run_id)
         student.use_threads(spec)
-        built = student.build(spec, seed)
-        runs.write_text(runs.recipe_copy(run_id), spec.model_dump_json(indent=2))
-        return _train(spec, seed, run_id, built, real_batches(spec, seed)).weights
+        built, (batches, source) = student.build(spec, seed), real_batches(spec, seed)
+        processes = student.processes()
+        processes.wait_for_everyone()  # none may find the run begun by another
+        if processes.is_main_process:
+            runs.write_text(runs.recipe_copy(run_id), spec.model_dump_json(indent=2))
+        return _train(spec, seed, run_id, built, batches, source).weights
 
 
 def rehearse(spec: Recipe, steps: int) -> pd.DataFrame:
@@ -74,7 +77,7 @@ def rehearse(spec: Recipe, steps: int) -> pd.DataFrame:
         run_id = f"rehearsal-{spec.name}"
         with runs.claim(run_id):
             built = student.build(trial, seed=0, random_teacher=True)
-            done = _train(trial, 0, run_id, built, random_batches(trial), keep=False)
+            done = _train(trial, 0, run_id, built, random_batches(trial), "random numbers", keep=False)
     step_s = float(np.median(done.step_s))
     row = {
         "Network": spec.unet.name,
@@ -88,10 +91,13 @@ def rehearse(spec: Recipe, steps: int) -> pd.DataFrame:
     return pd.DataFrame([row])
 
 
-def real_batches(spec: Recipe, seed: int) -> Batches:
-    """Noisy training images or latents. Each process of a distributed training takes its part of the batch."""
-    device = PartialState().device
-    source, condition = sources.of_recipe(spec, device), conditions.of_recipe(spec)
+def real_batches(spec: Recipe, seed: int) -> tuple[Batches, str]:
+    """Noisy training images or latents, and what they are made from (sources.of_recipe's identity).
+
+    Each process of a distributed training takes its part of the batch.
+    """
+    device = student.processes().device
+    source, condition = sources.of_recipe(spec, device), conditions.of_recipe(spec, device)
     scheduler = noise_scheduler(spec.scheduler)
 
     def batch(step: int) -> Batch:
@@ -104,7 +110,7 @@ def real_batches(spec: Recipe, seed: int) -> Batches:
         context = condition.of_training(source.known(indices), _dropped(spec, len(x), random))
         return Batch((scheduler.add_noise(x, noise.to(x.device), t.to(x.device)), t, *context), noise)
 
-    return batch
+    return batch, source.identity
 
 
 def random_batches(spec: Recipe) -> Batches:
@@ -135,8 +141,11 @@ class Done(NamedTuple):
     peak_gib: float
 
 
-def _train(spec: Recipe, seed: int, run_id: str, built: Built, batches: Batches, keep: bool = True) -> Done:
-    """The loop. keep: whether the run leaves weights and records (a rehearsal does not)."""
+def _train(
+    spec: Recipe, seed: int, run_id: str, built: Built, batches: Batches, source: str, keep: bool = True
+) -> Done:
+    """The loop. source: what the batches are made from; keep: whether the run leaves weights and records (a rehearsal
+    does not)."""
     t = spec.train
     trackers = "tensorboard" if keep and importlib.util.find_spec("tensorboard") else None
     accelerator = Accelerator(
@@ -155,7 +164,7 @@ def _train(spec: Recipe, seed: int, run_id: str, built: Built, batches: Batches,
         for buffer in method.state.buffers():  # every process saw its own part of the batch
             buffer.copy_(broadcast(buffer))
     average = AveragedModel(bare, multi_avg_fn=_averaging(t.ema)) if t.ema and t.steps else None
-    state = State(run_id, bare, average, method)
+    state = State(run_id, bare, average, method, source)
     done, wall_s, optimizer_state = state.restore(t.steps)
 
     named = method.trainable(bare)
@@ -225,7 +234,10 @@ def _train(spec: Recipe, seed: int, run_id: str, built: Built, batches: Batches,
 class State:
     """What a training needs to go on as if it had not stopped: weights, average, method, optimizer, step, time."""
 
-    def __init__(self, run_id: str, bare: nn.Module, average: AveragedModel | None, method: Method) -> None:
+    def __init__(
+        self, run_id: str, bare: nn.Module, average: AveragedModel | None, method: Method, source: str
+    ) -> None:
+        self.source = source
         self.path = runs.checkpoint(run_id)
         self.modules = {"student": bare, "method": method.state} | ({"average": average} if average is not None else {})
         self.method = method
@@ -237,13 +249,18 @@ class State:
         for name in names:
             for key, value in optimizer.state.get(parameters[name], {}).items():
                 tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
-        tensorfile.write(self.path, tensors, {"step": str(done), "wall_s": str(wall_s)})
+        tensorfile.write(self.path, tensors, {"step": str(done), "wall_s": str(wall_s), "source": self.source})
 
     def restore(self, steps: int) -> tuple[int, float, dict[str, Tensor]]:
         """Load the last checkpoint, if any. Returns steps done, seconds used, the optimizer's tensors by name."""
         if not self.path.exists():
             return 0, 0.0, {}
         tensors, header = tensorfile.read(self.path)
+        if header["source"] != self.source:
+            raise BdmError(
+                f"{self.path} was trained on {header['source']}, now there is {self.source}.\n"
+                "  go on with what it was begun with (a latent cache added or removed?), or begin anew: another --seed"
+            )
         done = int(header["step"])
         for part, module in self.modules.items():
             if part != "method":
