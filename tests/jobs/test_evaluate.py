@@ -152,7 +152,7 @@ def test_unknown_metric_and_missing_files(home, digits):
     refused(home / "a.npz", r"unknown metric 'fit'\. Did you mean 'fid'", 'evaluate.metrics=["fit"]')
     refused(home / "a.npz", "there are no images at")
     path = save(home / "a.npz", digits[:50])
-    refused(path, r"there are no images at .*nowhere\.npz", "evaluate.reference=nowhere.npz")
+    refused(path, r"there is nothing at .*nowhere\.npz", "evaluate.reference=nowhere.npz")
 
 
 def test_missing_inception_weights_are_named_before_anything_is_read(home, monkeypatch):
