@@ -119,12 +119,12 @@ class Name(NamedTuple):
     @property
     def variant(self) -> str:
         """What distinguishes recipes of one group, for legends."""
-        return self.method + self.overrides.replace("+method.", "\n+").replace("+train.", "\n+")
+        return self.method + re.sub(r"\+(method|train|sample)\.", "\n+", self.overrides)
 
 
 def _name(recipe_id: str) -> Name:
     base, plus, overrides = recipe_id.partition("+")
-    match = re.fullmatch(r"([^-]+)-(fp|w\d+a\d+)(?:-(.+))?", base)
+    match = re.fullmatch(r"([\w-]+?)-(fp|w\d+a\d+)(?:-(.+))?", base)
     if not match:
         return Name(base, "", base, plus + overrides)
     dataset, bits, method = match.groups()
@@ -371,7 +371,7 @@ def _fid_plots(measured: Sequence[Record], colours: dict[str, str]) -> list[Pict
         labels = [name.variant if name.bits in ("", "fp") else f"{name.bits} {name.variant}" for name in names]
         labels = [label + tables.DAGGER * ((id, "fid") in short) for id, label in zip(order, labels, strict=True)]
         shades = [colours.get(name.method, PLAIN_COLOUR) for name in names]
-        title = "digits miniature" if dataset == "digits" else f"{dataset}, ours"
+        title = f"{dataset} miniature" if dataset.startswith("digits") else f"{dataset}, ours"
         plots.append(_point_plot(title, labels, [fids[id] for id in order], shades))
     return plots
 
@@ -381,14 +381,17 @@ def _grids(measured: Sequence[Record]) -> tuple[list[Picture], list[Picture]]:
     fids = defaultdict(list)
     for record in records.newest(list(measured)).values():
         if record.metric == "fid":
-            fids[record.run].append(f"FID {record.value:.4g}")
+            sampler = re.search(r"\+sample\.sampler=([\w-]+)", record.recipe)
+            fids[record.run, sampler[1] if sampler else "ddim"].append(f"FID {record.value:.4g}")
     paths = runs.runs_dir().glob("*/samples/*/grid.png")
     found = [(*_run_parts(path.parents[2].name), path.parent.name, path) for path in paths]
     found.sort(key=lambda item: (_order(item[0]), item[2], int(item[1] or 0)))
     first, others, shown = [], [], set()
     for recipe_id, seed, key, path in found:
         seeds = [f"seed {seed}"] if seed else []
-        picture = _file(path, GRID_PX, " · ".join([recipe_id, *seeds, key, *fids[path.parents[2].name]]))
+        sampler = re.match(r"[a-z-]+", key)
+        found_fids = fids[path.parents[2].name, sampler[0] if sampler else ""]
+        picture = _file(path, GRID_PX, " · ".join([recipe_id, *seeds, key, *found_fids]))
         (others if (recipe_id, key) in shown else first).append(picture)
         shown.add((recipe_id, key))
     return first, others
