@@ -6,8 +6,11 @@ from bdm_cli.pretrained import is_hub_id
 from bdm_cli.recipe import Recipe
 
 
-def missing(recipe: Recipe) -> list[str]:
-    """One entry for each input that is not there: what it is, where it belongs, how to get it."""
+def missing(recipe: Recipe, evaluation: bool = False) -> list[str]:
+    """One entry for each input that is not there: what it is, where it belongs, how to get it.
+
+    evaluation: also what `bdm evaluate` compares with, which training does not need.
+    """
     teacher = recipe.model.pretrained
     wanted = [
         ("full-precision teacher", "" if is_hub_id(teacher) else teacher, "model.pretrained", recipe.model.get_it)
@@ -16,6 +19,9 @@ def missing(recipe: Recipe) -> list[str]:
         wanted.insert(0, ("training images", recipe.data.path, "data.path", recipe.data.get_it))
     if recipe.first_stage:
         wanted.append(("first stage", recipe.first_stage.path, "first_stage.path", recipe.first_stage.get_it))
+    if evaluation:
+        e = recipe.evaluate
+        wanted.append(("reference of the evaluation", e.reference, "evaluate.reference", e.get_it))
     return [
         f"{what}: put it at {locate(path)} (or --set {key}=PATH)\n    get it: {get_it}"
         for what, path, key, get_it in wanted

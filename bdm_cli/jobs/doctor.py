@@ -36,6 +36,6 @@ def run() -> pd.DataFrame:
     except BdmError as error:
         rows.append(("Inception weights", "missing", str(error)))
     for name in (name for name, path in recipe.names().items() if name == path.parent.name):
-        missing = inputs.missing(recipe.load(name))
+        missing = inputs.missing(recipe.load(name), evaluation=True)
         rows.append((f"recipes {name}*", "ready" if not missing else f"{len(missing)} missing", "\n".join(missing)))
     return pd.DataFrame(rows, columns=["Part", "State", "Note"])
