@@ -1,5 +1,7 @@
 """Where a recipe's inputs lie, and what is missing: checked before the first heavy import."""
 
+from pathlib import Path
+
 from bdm_cli.errors import BdmError
 from bdm_cli.places import locate
 from bdm_cli.pretrained import is_hub_id
@@ -27,6 +29,18 @@ def missing(recipe: Recipe, evaluation: bool = False) -> list[str]:
         for what, path, key, get_it in wanted
         if path and not locate(path).exists()
     ]
+
+
+def reference(recipe: Recipe) -> Path:
+    """Where evaluate.reference lies. Raises: BdmError that says where to get it, if it is not there."""
+    path = locate(recipe.evaluate.reference)
+    if not path.exists():
+        raise BdmError(
+            f"evaluate.reference: there is nothing at {path}.\n"
+            f"  get it: {recipe.evaluate.get_it or 'an npz with arr_0, or a folder of images'}\n"
+            "  or use the training images: --set evaluate.reference=''"
+        )
+    return path
 
 
 def require(recipe: Recipe) -> None:

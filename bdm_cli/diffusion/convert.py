@@ -326,6 +326,7 @@ DDPM_RESNET = {
     "nin_shortcut": "conv_shortcut",
 }
 DDPM_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+DDPM_PARTS = {"block": ("resnets", DDPM_RESNET), "attn": ("attentions", DDPM_ATTENTION)}
 DDPM_FIXED = {
     **{name: name for name in ("conv_in", "conv_out", "quant_conv", "post_quant_conv", "quantize.embedding")},
     "norm_out": "conv_norm_out",
@@ -368,20 +369,14 @@ def _ddpm_stem(stem: str, levels: int) -> str | None:
     def blocks(way: str, level: str) -> str:  # the original counts up blocks from the image
         return f"{way}_blocks.{level if way == 'down' else levels - 1 - int(level)}"
 
-    if found := re.fullmatch(r"(down|up)\.(\d+)\.block\.(\d+)\.(\w+)", stem):
-        new = DDPM_RESNET.get(found[4])
-        return new and f"{blocks(found[1], found[2])}.resnets.{found[3]}.{new}"
-    if found := re.fullmatch(r"(down|up)\.(\d+)\.attn\.(\d+)\.(\w+)", stem):
-        new = DDPM_ATTENTION.get(found[4])
-        return new and f"{blocks(found[1], found[2])}.attentions.{found[3]}.{new}"
+    if found := re.fullmatch(r"(down|up)\.(\d+)\.(block|attn)\.(\d+)\.(\w+)", stem):
+        modules, names = DDPM_PARTS[found[3]]
+        return names.get(found[5]) and f"{blocks(found[1], found[2])}.{modules}.{found[4]}.{names[found[5]]}"
     if found := re.fullmatch(r"(down|up)\.(\d+)\.(\1)sample\.conv", stem):
         return f"{blocks(found[1], found[2])}.{found[1]}samplers.0.conv"
-    if found := re.fullmatch(r"mid\.block_([12])\.(\w+)", stem):
-        new = DDPM_RESNET.get(found[2])
-        return new and f"mid_block.resnets.{int(found[1]) - 1}.{new}"
-    if found := re.fullmatch(r"mid\.attn_1\.(\w+)", stem):
-        new = DDPM_ATTENTION.get(found[1])
-        return new and f"mid_block.attentions.0.{new}"
+    if found := re.fullmatch(r"mid\.(block|attn)_([12])\.(\w+)", stem):
+        modules, names = DDPM_PARTS[found[1]]
+        return names.get(found[3]) and f"mid_block.{modules}.{int(found[2]) - 1}.{names[found[3]]}"
     return DDPM_FIXED.get(stem)
 
 

@@ -45,6 +45,14 @@ class FirstStage(nn.Module):
             mean = mean + (0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)).exp() * noise
         return mean * self.scale
 
+    def drawn(self, moments: Tensor, random: torch.Generator | None = None) -> Tensor:
+        """Scaled latents with a draw from the posterior (KL) by `random`, a CPU generator; None = torch's own."""
+        if not self.variational:
+            return self.latents(moments)
+        n, channels, height, width = moments.shape
+        noise = torch.randn((n, channels // 2, height, width), generator=random)
+        return self.latents(moments, noise.to(moments.device))
+
     def decode(self, latents: Tensor) -> Tensor:
         """Images, not clipped; VQ quantizes to the nearest code first, as the original does."""
         return self.network.decode(latents / self.scale, return_dict=False)[0]
@@ -92,8 +100,4 @@ def scaling_factor(network: nn.Module, images: Tensor) -> float:
     """1 / standard deviation of the latents of one batch (LDM's `scale_by_std`)."""
     stage = FirstStage(network)
     stage.scale = 1.0
-    moments = stage.moments(images)
-    noise = None
-    if stage.variational:
-        noise = torch.randn(moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]).to(moments.device)
-    return float(1 / stage.latents(moments, noise).std())
+    return float(1 / stage.drawn(stage.moments(images)).std())

@@ -55,7 +55,7 @@ class Encoded(Pixels):
     @torch.no_grad()
     def batch(self, indices: np.ndarray, random: torch.Generator) -> Tensor:
         x = super().batch(indices, random).to(next(self.stage.parameters()).device)
-        return _latents(self.stage, self.stage.moments(x), random)
+        return self.stage.drawn(self.stage.moments(x), random)
 
 
 class Cached:
@@ -81,7 +81,7 @@ class Cached:
         )
         views = crops * 2 + (torch.rand(n, generator=random) < 0.5) if cache.flip else crops
         moments = cache.moments(indices, views.numpy()).to(next(self.stage.parameters()).device)
-        return _latents(self.stage, moments, random)
+        return self.stage.drawn(moments, random)
 
 
 def of_recipe(spec: Recipe, device: torch.device) -> Pixels | Cached:
@@ -94,14 +94,6 @@ def of_recipe(spec: Recipe, device: torch.device) -> Pixels | Cached:
         output.say(f"{spec.name}: {len(found):,} images' latents from {found.cache.folder}")
         return found
     return Encoded(spec, stage)
-
-
-def _latents(stage: FirstStage, moments: Tensor, random: torch.Generator) -> Tensor:
-    n, channels, height, width = moments.shape
-    if not stage.variational:
-        return stage.latents(moments)
-    noise = torch.randn((n, channels // 2, height, width), generator=random)
-    return stage.latents(moments, noise.to(moments.device))
 
 
 def _of(labels: np.ndarray | None, captions: Sequence[str] | None, indices: np.ndarray) -> object:

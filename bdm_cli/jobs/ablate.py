@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pandas as pd
 
-from bdm_cli import inputs, methods, output, places, recipe, records, runs
+from bdm_cli import inputs, methods, output, recipe, records, runs
 from bdm_cli.errors import BdmError, unknown
 from bdm_cli.jobs import evaluate, sample, train
 from bdm_cli.metrics.features import load_features
@@ -61,11 +61,9 @@ def _check_scoring(specs: Iterable[Recipe]) -> None:
     """What the evaluation needs, before the training. Raises: BdmError if it is not there."""
     for name in {spec.evaluate.features for spec in specs}:
         load_features(name)
-    for reference in {spec.evaluate.reference for spec in specs} - {""}:
-        if not places.locate(reference).exists():
-            raise BdmError(
-                f"evaluate.reference: there is nothing at {places.locate(reference)}.\n  give an npz or a folder"
-            )
+    for spec in specs:
+        if spec.evaluate.reference:
+            inputs.reference(spec)
 
 
 def _row(base: str, variant: Variant, overrides: Sequence[str]) -> Row:

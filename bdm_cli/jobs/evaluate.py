@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from bdm_cli import output, places, records, runs
+from bdm_cli import inputs, output, records, runs
 from bdm_cli.diffusion.data import reference_images
 from bdm_cli.errors import BdmError
 from bdm_cli.metrics import METRICS, images, summary
@@ -67,14 +67,7 @@ def run(recipe: Recipe, path: Path, run_id: str | None = None) -> pd.DataFrame:
 
 def _reference(recipe: Recipe) -> ImageSet:
     if recipe.evaluate.reference:
-        path = places.locate(recipe.evaluate.reference)
-        if not path.exists():
-            raise BdmError(
-                f"evaluate.reference: there is nothing at {path}.\n"
-                f"  get it: {recipe.evaluate.get_it or 'an npz with arr_0, or a folder of images'}\n"
-                "  or use the training images: --set evaluate.reference=''"
-            )
-        return images.load(path)
+        return images.load(inputs.reference(recipe))
     return ImageSet("the training images", reference_images(recipe))
 
 

@@ -96,12 +96,12 @@ def real_batches(spec: Recipe, seed: int) -> tuple[Batches, str]:
 
     Each process of a distributed training takes its part of the batch.
     """
-    device = student.processes().device
+    processes = student.processes()
+    rank, world, device = processes.process_index, processes.num_processes, processes.device
     source, condition = sources.of_recipe(spec, device), conditions.of_recipe(spec, device)
     scheduler = noise_scheduler(spec.scheduler)
 
     def batch(step: int) -> Batch:
-        rank, world = _rank()
         indices = data.batch_indices(len(source), spec.train.batch * world, step, seed)[rank::world]
         random = torch.Generator().manual_seed(_step_seed(seed, step, rank))
         x = source.batch(indices, random)
@@ -402,12 +402,6 @@ def _averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], N
         torch._foreach_lerp_(ema, values, 1 - d)
 
     return average
-
-
-def _rank() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
