@@ -23,6 +23,9 @@ app = typer.Typer(
 data = typer.Typer(no_args_is_help=True, help="Training images: what is there, and latents encoded once.")
 app.add_typer(data, name="data")
 
+bench = typer.Typer(no_args_is_help=True, help="Speed and memory beside other code, measured on this machine.")
+app.add_typer(bench, name="bench")
+
 
 class Weights(enum.StrEnum):
     ema = "ema"
@@ -36,9 +39,6 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", help="sectio
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of batches, noise and initialisation.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that exists.")]
 RunId = Annotated[str | None, typer.Option("--run", help="Id of a finished run, a folder below runs/.")]
-Images = Annotated[
-    Path | None, typer.Option("--images", help="An npz or a folder of images, scored against --recipe [digits].")
-]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes at a time; 0 = what the cores allow.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder to write; default: where the recipes look.")]
 Form = Annotated[Format, typer.Option("--format", "-f", help="Form of the table on stdout.")]
@@ -242,30 +242,54 @@ def sample(
 
 @app.command()
 def evaluate(
-    run: RunId = None,
+    samples: Annotated[
+        list[str] | None,
+        typer.Argument(help="Finished runs, npz files, folders or tars of images, recipes (their data sets)."),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="What to compare with: as SAMPLES; default: the recipe's.")
+    ] = None,
     recipe: AnyRecipe = None,
-    images: Images = None,
     method: MethodName = None,
     overrides: Overrides = None,
     seed: Seed = 0,
+    protocol: Annotated[str | None, typer.Option("--protocol", help="adm, clean or torch-fidelity")] = None,
+    features: Annotated[str | None, typer.Option("--features", help="inception, cifar10 or digits")] = None,
+    metrics: Annotated[
+        str | None, typer.Option("--metrics", help="Of fid,sfid,is,precision,recall,kid; comma-separated.")
+    ] = None,
+    prepare: Annotated[
+        str | None, typer.Option("--prepare", help="How a reference of raw image files becomes squares.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--inception-weights", help="Inception's file, in place of its own place.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time through the feature network.")] = 64,
+    compare: Annotated[bool, typer.Option("--compare", help="Side by side, with 95 % bootstrap intervals.")] = False,
+    resamples: Annotated[int, typer.Option("--resamples", min=10, help="Resamples of --compare.")] = 100,
     form: Form = Format.table,
 ) -> None:
-    """Score images with FID, sFID, IS, precision and recall: a run's, or any npz or folder against a recipe's data.
+    """Score images with FID, sFID, IS, precision, recall and KID, by ADM's, clean-fid's or torch-fidelity's protocol.
 
-    Example: `bdm evaluate --recipe digits-w1a4`, or `bdm evaluate --images samples.npz --recipe cifar10`
+    A run (or --recipe with --seed) is scored by its own recipe, which leaves a record. Features of images are kept, so
+    that a second time costs seconds; an interrupted pass goes on where it was.
+
+    Example: `bdm evaluate samples.npz --reference VIRTUAL_lsun_bedroom256.npz`, or
+    `bdm evaluate --compare digits-w1a4-s0 digits-w1a4-baseline-s0`
     """
-    from bdm_cli import recipe as recipes
-    from bdm_cli import runs
+    from bdm_cli import inputs
 
-    if images is not None:
-        if run or method:
-            raise BdmError("--images is scored against --recipe alone.\n  leave out --run and --method")
-        spec, run_id = recipes.load(recipe or "digits", overrides or []), None
-    else:
-        spec, run_id = runs.target(run, recipe, method, overrides or [], seed)
+    given = {"protocol": protocol, "features": features, "prepare": prepare}
+    short = [f'evaluate.{key}="{value}"' for key, value in given.items() if value is not None]
+    short += [f"evaluate.metrics={metrics.replace(' ', '').split(',')}"] if metrics else []
+    asked = inputs.evaluation(samples or [], reference, recipe, method, seed, [*(overrides or []), *short])
     from bdm_cli.jobs import evaluate
 
-    show(evaluate.run(spec, images or runs.samples_npz(spec, run_id), run_id), form, "Metrics")
+    table = evaluate.run(asked, weights, batch, resamples if compare else 0)
+    wide = compare and form in (Format.table, Format.md, Format.latex)
+    show(
+        evaluate.side_by_side(table) if wide else table, form, "Metrics, with 95 % intervals" if compare else "Metrics"
+    )
 
 
 @app.command()
@@ -300,6 +324,25 @@ def efficiency(
     from bdm_cli.jobs import efficiency
 
     show(efficiency.run(bits, model), form, f"Efficiency at W/A = {bits}")
+
+
+@bench.command("evaluate")
+def bench_evaluate(
+    images: Annotated[int, typer.Option("--images", min=16, help="Images in each of two sets.")] = 256,
+    size: Annotated[int, typer.Option("--size", min=8, help="Their height and width.")] = 256,
+    samples: Annotated[int, typer.Option("--samples", min=10, help="Samples of precision and recall.")] = 10_000,
+    reference: Annotated[int, typer.Option("--reference", min=10, help="Reference images of these.")] = 10_000,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measurements of each; the median counts.")] = 3,
+    weights: Annotated[Path | None, typer.Option("--inception-weights", help="Default: at hand, or random.")] = None,
+    form: Form = Format.table,
+) -> None:
+    """Time the evaluator beside torch-fidelity (same images, weights and cores) and torch.cdist, with peak memory.
+
+    Example: `bdm bench evaluate --images 256`
+    """
+    from bdm_cli.jobs import bench
+
+    show(bench.evaluate(images, size, samples, reference, rounds, weights), form, "The evaluator beside others")
 
 
 @app.command()

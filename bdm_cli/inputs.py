@@ -1,11 +1,16 @@
-"""Where a recipe's inputs lie, and what is missing: checked before the first heavy import."""
+"""Where inputs lie, what is missing, and what images a name stands for: checked before the first heavy import."""
 
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from bdm_cli.errors import BdmError
+from bdm_cli import recipe as recipes
+from bdm_cli import runs
+from bdm_cli.errors import BdmError, nearest
 from bdm_cli.places import locate
 from bdm_cli.pretrained import is_hub_id
-from bdm_cli.recipe import Recipe
+from bdm_cli.recipe import Evaluate, Recipe
 
 
 def missing(recipe: Recipe, evaluation: bool = False) -> list[str]:
@@ -31,7 +36,7 @@ def missing(recipe: Recipe, evaluation: bool = False) -> list[str]:
     ]
 
 
-def reference(recipe: Recipe) -> Path:
+def reference_path(recipe: Recipe) -> Path:
     """Where evaluate.reference lies. Raises: BdmError that says where to get it, if it is not there."""
     path = locate(recipe.evaluate.reference)
     if not path.exists():
@@ -51,3 +56,137 @@ def require(recipe: Recipe) -> None:
         lines = [f"recipe '{recipe.name}' lacks {count} (nothing was started):", *(f"  {entry}" for entry in lacking)]
         lines.append("  without them: --rehearse runs the real network for a few steps; digits-w1a4 needs no download")
         raise BdmError("\n".join(lines))
+
+
+SEEN = ("data.dataset", "data.path", "data.image_size", "data.channels", "data.corrupt")
+"""What of [data] decides which reference images a recipe's samples are compared with."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images by what a user calls them. path: where files lie; None = the data set of `recipe`.
+
+    A run's images have all three: the npz, the recipe it was trained and sampled with, its id.
+    """
+
+    text: str
+    path: Path | None
+    recipe: Recipe | None = None
+    run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `bdm evaluate` is asked to do.
+
+    recorded: whether this is a run of ours by its own recipe, whose numbers become records.
+    """
+
+    samples: tuple[Source, ...]
+    reference: Source | None
+    settings: Evaluate
+    recorded: bool
+
+
+def source(text: str, overrides: Sequence[str] = ()) -> Source:
+    """What `text` names: a finished run (its id, or its folder below runs/), a recipe (its data set), else files.
+
+    A file or folder that is called like a run or a recipe is written with its folder: ./digits.
+    overrides: `sample.*` and `evaluate.*` for a run, any for a recipe.
+    Raises: BdmError if it is none of these, or the run has no such samples.
+    """
+    path, bare = Path(text).expanduser(), os.sep not in text
+    folder = path if bare else path.resolve()
+    if (bare or folder.parent == runs.runs_dir().resolve()) and runs.recipe_copy(folder.name).exists():
+        spec, run_id = runs.target(folder.name, None, None, overrides, 0)  # which tells of a run that is not finished
+        return _samples(spec, run_id)
+    if (bare and text in recipes.names()) or path.suffix == ".toml":
+        return Source(text, None, recipes.load(text if bare else str(path), overrides))
+    if not path.exists():
+        finished = sorted(p.parent.name for p in runs.runs_dir().glob("*/weights.safetensors"))
+        hint = nearest(text, [*recipes.names(), *finished]) if bare else ""
+        raise BdmError(
+            f"there are no images called '{text}'.{hint}\n"
+            "  allowed: an npz, a folder, tar or LSUN lmdb of images; a finished run "
+            f"({', '.join(finished) or 'there is none yet'}); a recipe, for its data set (bdm recipes)"
+        )
+    return Source(text, path)
+
+
+def _samples(spec: Recipe, run_id: str) -> Source:
+    path = runs.samples_npz(spec, run_id)
+    if not path.exists():
+        raise BdmError(
+            f"run '{run_id}' has no images at {path}.\n"
+            f"  make them: bdm sample --run {run_id} (with the same --set sample.*)"
+        )
+    return Source(run_id, path, spec, run_id)
+
+
+def of_run(spec: Recipe, run_id: str) -> Evaluation:
+    """A run's images by its own recipe. Raises: BdmError if they, or the reference, are not there."""
+    return Evaluation((_samples(spec, run_id),), _own_reference(spec), spec.evaluate, recorded=True)
+
+
+def _own_reference(spec: Recipe) -> Source | None:
+    """What a recipe's images are compared with; None if none of its metrics does."""
+    if not spec.evaluate.compares:
+        return None
+    if not spec.evaluate.reference:
+        return Source(spec.data.dataset, None, spec)
+    path = reference_path(spec)
+    return Source(str(path), path)
+
+
+def evaluation(
+    given: Sequence[str],
+    reference: str | None,
+    name: str | None,
+    method: str | None,
+    seed: int,
+    overrides: Sequence[str],
+) -> Evaluation:
+    """What to score, against what, how.
+
+    given: sets of images; none = the run of recipe `name` with `seed`. The settings ([evaluate]) and, without
+    `reference`, also what to compare with are those of the recipe `name`; else of the runs among `given`, which must
+    agree; else of the recipe that `reference` is; else ADM's protocol on Inception's features.
+    Raises: BdmError if something is not there, or the settings are not told.
+    """
+    if not given and name is None:
+        raise BdmError(
+            "nothing is given to score.\n  give a finished run, an npz, a folder or a tar of images; or --recipe NAME "
+            "(with --seed), for that run"
+        )
+    if not given:
+        own = of_run(*runs.target(None, name, method, overrides, seed))
+        samples, spec = own.samples, own.samples[0].recipe
+    elif method is not None:
+        raise BdmError("--method chooses a run, with --recipe and --seed.\n  leave out --method, or the images")
+    else:
+        samples = tuple(source(text, overrides) for text in given)
+        spec = recipes.load(name, overrides) if name is not None else _agreed(samples)
+    found = None if reference is None else source(reference, overrides)
+    if spec is None and found is not None:
+        spec = found.recipe
+    settings = recipes.evaluation(overrides) if spec is None else spec.evaluate
+    if found is None and spec is not None:
+        found = _own_reference(spec)
+    own_recipe = len(samples) == 1 and samples[0].run_id is not None and spec == samples[0].recipe
+    return Evaluation(samples, found, settings, recorded=own_recipe and reference is None)
+
+
+def _agreed(samples: Sequence[Source]) -> Recipe | None:
+    """The recipe by which runs are scored. Raises: BdmError if theirs score differently."""
+    of_runs = [each for each in samples if each.run_id is not None]
+    for each in of_runs[1:]:
+        first = of_runs[0]
+        here, there = (recipes.resolved(one.recipe) for one in (first, each))
+        keys = {*SEEN, *(key for key in here if key.startswith("evaluate.") and key != "evaluate.get_it")}
+        differ = sorted(key for key in keys if here[key] != there[key])
+        if differ:
+            raise BdmError(
+                f"the recipes of {first.text} and {each.text} score images differently: {', '.join(differ)}.\n"
+                "  say by which recipe: --recipe NAME"
+            )
+    return of_runs[0].recipe if of_runs else None

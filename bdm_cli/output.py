@@ -45,7 +45,12 @@ def say(text: str) -> None:
 
 
 def show(frame: "pd.DataFrame", form: Format, title: str = "") -> None:
-    """Print a table on stdout in the asked form. Missing cells are empty (null in JSON)."""
+    """Print a table on stdout in the asked form. Missing cells are empty (null in JSON).
+
+    Of a distributed launch only the first process prints.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     if form == Format.json:
         rows = json.loads(frame.to_json(orient="records", double_precision=10))
         print(json.dumps(rows, indent=2, ensure_ascii=False))

@@ -39,6 +39,7 @@ NEUTRAL = (
     | {
         "summary",
         "evaluate.get_it",
+        "evaluate.metrics",
         "data.get_it",
         "model.get_it",
         "first_stage.get_it",
@@ -71,7 +72,7 @@ class Section(pydantic.BaseModel):
 
 
 Preparation = Literal["none", "square-bicubic", "box-crop", "adm-crop", "bilinear-crop"]
-"""How an image of any size becomes a square one (diffusion/prepare.py); none: it must have the right size already."""
+"""How an image of any size becomes a square one (images/prepare.py); none: it must have the right size already."""
 
 
 class Data(Section):
@@ -226,18 +227,27 @@ class Sample(Section):
 
 
 class Evaluate(Section):
-    """features: whose features serve the metrics. n_reference: real images for precision and recall; 0 = all.
+    """features: whose features serve the metrics. n_reference: real images for precision, recall and KID; 0 = all.
 
-    reference: an ADM-style npz or a folder of images in place of the training images; '' = the training images.
+    protocol: whose suite is followed: ADM's, clean-fid's, torch-fidelity's with its defaults.
+    reference: an ADM-style npz or a folder or tar of images in place of the training images; '' = the training images.
     prepare: how the training images become the reference; it may differ from data.prepare, which serves training.
+    distances: of precision and recall; "float16" rounds them as ADM's code does.
     """
 
     features: Literal["digits", "cifar10", "inception"]
+    protocol: Literal["adm", "clean", "torch-fidelity"] = "adm"
     metrics: tuple[str, ...] = ("fid", "sfid", "is", "precision", "recall")
+    distances: Literal["exact", "float16"] = "exact"
     reference: str = ""
     prepare: Preparation = "none"
     n_reference: NonNegative = 10_000
     get_it: str = ""
+
+    @property
+    def compares(self) -> bool:
+        """Whether any of its metrics needs a reference; the Inception Score does not."""
+        return bool(set(self.metrics) - {"is"})
 
 
 class Recipe(Section):
@@ -460,6 +470,22 @@ def _of_pretrained(table: dict[str, Any]) -> dict[str, Any]:
             f"{source} has no scheduler/scheduler_config.json.\n  give the noise schedule in the recipe: [scheduler]"
         )
     return found
+
+
+def evaluation(overrides: Sequence[str]) -> Evaluate:
+    """The [evaluate] section for images of no recipe: ADM's protocol on Inception's features, under `--set` overrides.
+
+    Raises: BdmError that lists every fault.
+    """
+    table: dict[str, Any] = {"evaluate": {"features": "inception", "n_reference": 0}}
+    for key, value in map(_parse, overrides):
+        if not key.startswith("evaluate."):
+            raise BdmError(f"'{key}' says nothing about images of no recipe.\n  allowed here: evaluate.*")
+        _assign(table, key, value)
+    try:
+        return Evaluate.model_validate_json(json.dumps(table["evaluate"], default=str), strict=True)
+    except pydantic.ValidationError as error:
+        raise faults("the evaluation", error, Evaluate, "evaluate.") from None
 
 
 def sibling(name: str, method: str) -> str:

@@ -22,6 +22,7 @@ class Record(pydantic.BaseModel):
     recipe: the recipe's id (name and the overrides that change results), which paper/cells.csv refers to.
     digest: Recipe.digest, so that a number of an older version of a recipe is not taken for one of today's.
     value: percent for precision and recall, otherwise the metric's own unit.
+    features, protocol: whose features, by whose suite (recipe.Evaluate); numbers without a protocol are ADM's.
     n_images, sampling_steps: None for numbers that rest on no samples. steps: training steps behind the weights.
     """
 
@@ -34,6 +35,7 @@ class Record(pydantic.BaseModel):
     metric: str
     value: float
     features: str | None = None
+    protocol: str | None = None
     n_images: int | None = None
     n_reference: int | None = None
     sampling_steps: int | None = None
@@ -44,6 +46,12 @@ class Record(pydantic.BaseModel):
     versions: dict[str, str]
     machine: str
     time: str
+
+    @property
+    def ruler(self) -> str:
+        """What must stand beside a score that is not ADM's on Inception's features; '' for one that is, or no score."""
+        parts = [f"{self.features} features"] if self.features not in (None, "inception") else []
+        return ", ".join(parts + [self.protocol] * (self.protocol not in (None, "adm")))
 
 
 @functools.cache

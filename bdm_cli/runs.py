@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from bdm_cli import recipe
+from bdm_cli import output, recipe
 from bdm_cli.errors import BdmError, unknown
 from bdm_cli.places import home
 from bdm_cli.recipe import Recipe
@@ -25,6 +25,10 @@ def records_dir() -> Path:
 
 def tables_dir() -> Path:
     return home() / "results" / "tables"
+
+
+def bench_dir() -> Path:
+    return home() / "results" / "bench"
 
 
 def run_dir(run_id: str) -> Path:
@@ -145,6 +149,25 @@ def claim(run_id: str) -> Iterator[Path]:
                 "  wait for it, stop it, or use another --seed"
             ) from None
         yield folder
+
+
+@contextlib.contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process works below `folder`, and keep others waiting; the turn ends with the process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "a")  # noqa: SIM115  held open as long as the turn
+    except OSError as error:
+        raise BdmError(
+            f"cannot write {folder} ({error.strerror}).\n  use a directory you may write: BDM_HOME"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            output.say(f"another process works on {folder}; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -30,7 +30,7 @@ def test_the_whole_path(bdm, home, tiny_teacher):
     found = {r.metric: r for r in records.read() if r.run == "tiny-w1a4-s0"}
     assert found["fid"].value == pytest.approx(measured["FID"])
     assert (found["fid"].n_images, found["fid"].steps, found["fid"].features) == (24, 6, "digits")
-    assert bdm("evaluate", "--images", str(npz), "--recipe", "digits", "-f", "csv")[0] == 0
+    assert bdm("evaluate", str(npz), "--recipe", "digits", "-f", "csv")[0] == 0
     code, out, _ = bdm("report")
     assert code == 0
     page = (home / "results" / "report.html").read_text()
@@ -135,7 +135,45 @@ ERRORS = {
     "no data": (["train", "-r", "churches-w1a4"], "lacks 3 inputs"),
     "not finished": (["sample", "-r", "digits-w1a4"], "unknown finished run 'digits-w1a4-s0'"),
     "no run named": (["sample"], "give either --run ID or --recipe NAME"),
-    "missing images": (["evaluate", "--images", "nowhere.npz"], "nowhere.npz"),
+    "missing images": (["evaluate", "nowhere.npz"], "there are no images called 'nowhere.npz'"),
+    "nothing to evaluate": (["evaluate"], "--recipe NAME (with --seed)"),
+    "unknown run": (["evaluate", "digits-w1a5"], "there are no images called 'digits-w1a5'. Did you mean 'digits-w1a"),
+    "not finished, to evaluate": (["evaluate", "-r", "digits-w1a4"], "unknown finished run 'digits-w1a4-s0'"),
+    "no reference": (["evaluate", "digits", "--features", "digits"], "there is no reference"),
+    "missing reference": (["evaluate", "digits", "--reference", "nowhere"], "there are no images called 'nowhere'"),
+    "missing reference of a recipe": (
+        ["evaluate", "digits", "-r", "bedrooms"],
+        "evaluate.reference: there is nothing at",
+    ),
+    "unknown metric": (["evaluate", "digits", "-r", "digits", "--metrics", "fid,fit"], "unknown metric 'fit'"),
+    "no metric": (["evaluate", "digits", "-r", "digits", "--metrics", "fid,"], "unknown metric ''"),
+    "unknown protocol": (
+        ["evaluate", "digits", "-r", "digits", "--protocol", "cleen"],
+        "evaluate.protocol: input should be 'adm', 'clean' or 'torch-fidelity'",
+    ),
+    "unknown features": (
+        ["evaluate", "digits", "--features", "vgg"],
+        "evaluate.features: input should be 'digits', 'cifar10' or 'inception'",
+    ),
+    "unknown preparation": (["evaluate", "digits", "--prepare", "crop"], "evaluate.prepare: input should be 'none'"),
+    "a protocol of other features": (
+        ["evaluate", "digits", "-r", "digits", "--protocol", "clean", "--metrics", "fid"],
+        "the protocol 'clean' is defined on Inception's features, not on 'digits'",
+    ),
+    "metrics of another protocol": (
+        ["evaluate", "digits", "-r", "digits", "--protocol", "clean", "--metrics", "fid,recall"],
+        "the protocol 'clean' has no recall",
+    ),
+    "weights of other features": (
+        ["evaluate", "digits", "-r", "digits", "--inception-weights", "weights.pth"],
+        "--inception-weights says nothing about the features 'digits'",
+    ),
+    "missing weights": (
+        ["evaluate", "digits", "-r", "digits", "--features", "inception", "--inception-weights", "nowhere.pth"],
+        "the weights of Inception-v3 are not at nowhere.pth",
+    ),
+    "a method beside images": (["evaluate", "digits", "-r", "digits-w1a4", "-m", "lsq"], "--method chooses a run"),
+    "settings of no recipe": (["evaluate", "digits", "-s", "sample.steps=3"], "says nothing about images of no recipe"),
     "unknown ablation": (["ablate", "lrm"], "unknown ablation 'lrm'"),
     "bad ablation value": (["ablate", "lrm-k", "--values", "2,many"], "'many' is not a value of lrm-k"),
     "bad bits": (["efficiency", "--bits", "1-4"], "cannot read --bits '1-4'"),
@@ -216,19 +254,72 @@ def test_two_processes_on_one_run(bdm, tiny_teacher):
     assert "is being worked on by another process" in other.stderr
 
 
+def test_evaluate_takes_its_options_for_settings(bdm, home):
+    """--protocol, --features, --metrics, --prepare and --reference are short for evaluate.*."""
+    raw = np.random.default_rng(0).integers(0, 256, (70, 24, 20), dtype=np.uint8)
+    (home / "raw").mkdir()
+    for i, image in enumerate(raw):
+        Image.fromarray(image).save(home / "raw" / f"{i}.png")
+    short = ["--features", "digits", "--protocol", "adm", "--metrics", "fid, kid", "--prepare", "adm-crop"]
+    long = [f"evaluate.{key}" for key in ("features=digits", "protocol=adm", "prepare=adm-crop")]
+    long.append("evaluate.metrics=['fid', 'kid']")
+    given = ["evaluate", "digits", "--reference", str(home / "raw"), "-f", "json"]
+    code, out, err = bdm(*given, *short)
+    assert code == 0, err
+    assert [row["Metric"] for row in json.loads(out)] == ["FID", "KID"]
+    assert json.loads(out)[0]["Reference images"] == 70
+    assert bdm(*given, *(part for text in long for part in ("-s", text)))[1] == out
+
+
+@pytest.mark.parametrize("form", ["table", "json", "csv", "md", "latex"])
+def test_evaluate_compares(bdm, home, form):
+    """What people read is side by side, what programs read has a row for each number."""
+    images = np.random.default_rng(0).integers(0, 256, (200, 16, 16, 1), dtype=np.uint8)
+    np.savez(home / "noise.npz", images)
+    given = [str(home / "noise.npz"), "digits", "--reference", "digits", "--metrics", "precision,recall"]
+    code, out, err = bdm("evaluate", *given, "--compare", "--resamples", "10", "-f", form)
+    assert code == 0, err
+    if form == "json":
+        assert [(row["Samples"], row["Metric"]) for row in json.loads(out)] == [
+            (samples, metric) for samples in given[:2] for metric in ("Prec.", "Recall")
+        ]
+        assert all(row["Low"] <= row["Value"] <= row["High"] for row in json.loads(out))
+    elif form == "csv":
+        assert len(out.splitlines()) == 5
+        assert out.startswith("Samples,Metric,Value,Low,High,")
+    else:
+        assert "100 [100, 100]" in out
+        assert out.count("noise.npz") == 1
+        assert "Low" not in out
+
+
+def test_the_options_of_evaluate_have_bounds(bdm):
+    for option in (["--batch", "0"], ["--resamples", "9"], ["--seed", "-1"], ["--format", "xml"]):
+        code, out, err = bdm("evaluate", "digits", *option)
+        assert (code, out) == (2, ""), option
+        assert option[0] in err
+
+
+def test_a_run_is_no_option_of_evaluate(bdm):
+    for option in (["--run", "digits-w1a4-s0"], ["--images", "a.npz"]):
+        code, out, err = bdm("evaluate", *option)
+        assert (code, out) == (2, "")
+        assert f"No such option: {option[0]}" in err
+
+
 def test_foreign_npz(bdm, tmp_path):
     path = tmp_path / "foreign.npz"
     np.savez(path, weights=np.zeros(3))
-    code, _, err = bdm("evaluate", "--images", str(path), "--recipe", "digits")
+    code, _, err = bdm("evaluate", str(path), "--recipe", "digits")
     assert code == 2
     assert "arr_0" in err
 
 
 def test_empty_folder(bdm, tmp_path):
     (tmp_path / "images").mkdir()
-    code, _, err = bdm("evaluate", "--images", str(tmp_path / "images"), "--recipe", "digits")
+    code, _, err = bdm("evaluate", str(tmp_path / "images"), "--recipe", "digits")
     assert code == 2
-    assert "images" in err
+    assert f"{tmp_path / 'images'} holds no images" in err
 
 
 def test_nan_stops_with_the_checkpoint_kept(bdm, tiny_teacher):
@@ -248,8 +339,9 @@ def test_nan_stops_with_the_checkpoint_kept(bdm, tiny_teacher):
     assert runs.checkpoint("tiny-w1a4+train.grad_clip=0+train.lr=1e+30-s0").exists()
 
 
-def test_help_is_quick_because_it_loads_no_torch():
-    script = "import sys; sys.argv = ['bdm', '--help']\nfrom bdm_cli.cli import entry\n"
+@pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"], ["evaluate", "nowhere"], ["evaluate"]])
+def test_help_and_plain_mistakes_are_quick_because_they_load_no_torch(arguments):
+    script = f"import sys; sys.argv = {['bdm', *arguments]}\nfrom bdm_cli.cli import entry\n"
     script += "try:\n  entry()\nexcept SystemExit:\n  pass\n"
     script += "print([m for m in ('torch', 'diffusers', 'accelerate', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -12,20 +12,28 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "bdm_cli"
 
 BASE = {"errors", "places", "pretrained", "recipe", "records", "runs", "registry", "inputs", "output", "__init__"}
-CHAIN = ("base", "quant", "packed", "diffusion", "methods", "student", "jobs", "cli")
-"""base <- quant <- packed, diffusion <- methods <- student <- jobs <- cli."""
+CHAINS = (
+    ("base", "quant", "packed", "diffusion", "methods", "student", "jobs", "cli"),
+    ("base", "images", "diffusion"),
+    ("base", "images", "metrics", "jobs"),
+)
+"""base <- quant <- packed, diffusion <- methods <- student <- jobs <- cli; base <- images <- diffusion, metrics."""
 
 ALLOWED = {
     "base": {"base"},
     "tensorfile": {"base"},
+    "images": {"base", "images"},
     "quant": {"base", "quant", "tensorfile"},
     "packed": {"base", "quant", "packed", "tensorfile"},
-    "diffusion": {"base", "quant", "diffusion", "tensorfile"},
+    "diffusion": {"base", "images", "quant", "diffusion", "tensorfile"},
     "methods": {"base", "quant", "diffusion", "methods", "tensorfile"},
     "student": {"base", "quant", "diffusion", "methods", "tensorfile"},
-    "metrics": {"base", "metrics", "tensorfile"},
+    "metrics": {"base", "images", "metrics", "tensorfile"},
     "paper": {"base", "paper", "tensorfile"},
-    "jobs": {"base", "quant", "packed", "diffusion", "methods", "student", "metrics", "paper", "tensorfile", "jobs"},
+    "jobs": {
+        *("base", "images", "quant", "packed", "diffusion", "methods", "student", "metrics", "paper"),
+        *("tensorfile", "jobs"),
+    },
     "cli": {"base", "jobs", "tensorfile"},
     "__main__": {"cli"},
 }
@@ -97,10 +105,16 @@ def test_who_imports_whom(module: str):
         assert layer(target) in allowed, f"{module} ({layer(module)}) imports {target} ({layer(target)})"
 
 
-def test_the_chain_goes_one_way():
-    for upper in CHAIN:
-        below = CHAIN[: CHAIN.index(upper)]
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_chains_go_one_way(chain: tuple[str, ...]):
+    for upper in chain:
+        below = chain[: chain.index(upper)]
         assert all(upper not in ALLOWED[lower] for lower in below)
+
+
+def test_neither_diffusion_nor_metrics_knows_the_other():
+    assert "metrics" not in ALLOWED["diffusion"]
+    assert "diffusion" not in ALLOWED["metrics"] | EXTRA["metrics.cost"]
 
 
 @pytest.mark.parametrize("module", [m for m in sorted(modules()) if m.startswith("jobs.")])
@@ -151,6 +165,7 @@ def test_the_walk_finds_what_is_there():
     assert "bdm_cli.jobs.train" in {name.rsplit(".", 1)[0] for name, _ in imports("cli")} | {
         n for n, _ in imports("cli")
     }
+    assert "<lmdb>" in loaded_by("metrics.extraction")  # through images
     assert any(not on_import for _, on_import in imports("methods.__init__"))
     assert {"recipe", "places", "errors"} <= set(loaded_by("inputs"))
 
@@ -166,8 +181,19 @@ def test_base_needs_only_the_standard_library_pydantic_and_rich():
         assert others - set(sys.stdlib_module_names) <= {"pydantic", "rich"}, module
 
 
+@pytest.mark.parametrize("module", [m for m in sorted(modules()) if m.startswith("images.")])
+def test_images_need_only_numpy_pil_and_lmdb(module: str):
+    others = {name.split(".")[0] for name, _ in imports(module) if own(name) is None}
+    assert others - set(sys.stdlib_module_names) <= {"numpy", "PIL", "lmdb"}
+
+
 @pytest.mark.parametrize(
-    "module", ["bdm_cli.cli", "bdm_cli.methods, bdm_cli.metrics, bdm_cli.records, bdm_cli.paper.ablations"]
+    "module",
+    [
+        "bdm_cli.cli, bdm_cli.inputs",
+        "bdm_cli.methods, bdm_cli.metrics, bdm_cli.records, bdm_cli.paper.ablations",
+        "bdm_cli.images.sets, bdm_cli.images.prepare",
+    ],
 )
 def test_importing_loads_no_torch(module: str, tmp_path: Path):
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from bdm_cli import output
-from bdm_cli.diffusion import readers
-from bdm_cli.diffusion.prepare import prepared
 from bdm_cli.errors import BdmError
+from bdm_cli.images import files, readers
+from bdm_cli.images.prepare import prepared
 from bdm_cli.places import locate
 from bdm_cli.recipe import Data, Preparation, Recipe, Unet
 
@@ -105,6 +105,12 @@ class Images:
         digest = hashlib.sha256(f"{self.reader.digest()} {self.how} {self.shape}".encode())
         if len(self) < len(self.reader):
             digest.update(self._numbers.data)
+        return digest.hexdigest()
+
+    def content(self) -> str:
+        """As digest, but by the content of the files: the same wherever they lie, at the price of reading them once."""
+        digest = hashlib.sha256(f"{readers.survey(self.reader).content} {self.how} {self.shape}".encode())
+        digest.update(self._numbers.data)
         return digest.hexdigest()
 
     def names_digest(self) -> str:
@@ -231,7 +237,7 @@ def find(data: Data) -> readers.Reader:
         batches = next((p for p in (path, path / "cifar-10-batches-py") if (p / "data_batch_1").exists()), None)
         if batches is not None:
             return _python_batches(batches)
-    return readers.find(path, allowed)
+    return files.find(path, allowed)
 
 
 def labelled_images(dataset: str, path: str) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import pandas as pd
 from bdm_cli import inputs, methods, output, recipe, records, runs
 from bdm_cli.errors import BdmError, unknown
 from bdm_cli.jobs import evaluate, sample, train
-from bdm_cli.metrics.features import load_features
+from bdm_cli.metrics import protocols
 from bdm_cli.paper.ablations import ABLATIONS, Variant
 from bdm_cli.paper.tables import Row, beside
 from bdm_cli.recipe import Recipe
@@ -59,11 +59,12 @@ def run(
 
 def _check_scoring(specs: Iterable[Recipe]) -> None:
     """What the evaluation needs, before the training. Raises: BdmError if it is not there."""
-    for name in {spec.evaluate.features for spec in specs}:
-        load_features(name)
+    for settings in {spec.evaluate for spec in specs}:
+        protocol = protocols.protocol(settings.protocol, settings.metrics, settings.features)
+        protocols.network(protocol, settings.features, settings.metrics)
     for spec in specs:
         if spec.evaluate.reference:
-            inputs.reference(spec)
+            inputs.reference_path(spec)
 
 
 def _row(base: str, variant: Variant, overrides: Sequence[str]) -> Row:
@@ -100,7 +101,8 @@ def complete(spec: Recipe, seed: int) -> None:
     """Train, sample and evaluate one cell, each stage going on where it was left."""
     run_id = spec.run_id(seed)
     train.run(spec, seed, resume=runs.recipe_copy(run_id).exists())
-    evaluate.run(spec, sample.run(spec, run_id), run_id)
+    sample.run(spec, run_id)
+    evaluate.run(inputs.of_run(spec, run_id))
 
 
 def _end_with(parent: int) -> None:

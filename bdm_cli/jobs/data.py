@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 
 from bdm_cli import output, runs, student
-from bdm_cli.diffusion import data, first_stage, latent_cache, readers, sampling
+from bdm_cli.diffusion import data, first_stage, latent_cache, sampling
 from bdm_cli.errors import BdmError
+from bdm_cli.images import readers
 from bdm_cli.places import locate
 from bdm_cli.recipe import Recipe
 

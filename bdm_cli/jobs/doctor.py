@@ -10,7 +10,7 @@ import torch
 
 from bdm_cli import inputs, places, recipe, records
 from bdm_cli.errors import BdmError
-from bdm_cli.metrics.features import find_inception_weights
+from bdm_cli.metrics.inception import CLEAN, INCEPTION, VGG
 
 
 def run() -> pd.DataFrame:
@@ -31,10 +31,13 @@ def run() -> pd.DataFrame:
     rows.append(("Disk", f"{free:.0f} GiB free", ""))
     board = importlib.util.find_spec("tensorboard") is not None
     rows.append(("TensorBoard", "installed" if board else "not installed", "" if board else "pip install tensorboard"))
-    try:
-        rows.append(("Inception weights", str(find_inception_weights()), ""))
-    except BdmError as error:
-        rows.append(("Inception weights", "missing", str(error)))
+    for weights in (INCEPTION, CLEAN, VGG):
+        try:
+            path = weights.find()
+            note = "" if path else f"downloaded when asked for; without a network:\n{weights.advice()}"
+            rows.append((f"Weights of {weights.what}", str(path or "missing"), note))
+        except BdmError as error:
+            rows.append((f"Weights of {weights.what}", "not usable", str(error)))
     for name in (name for name, path in recipe.names().items() if name == path.parent.name):
         missing = inputs.missing(recipe.load(name), evaluation=True)
         rows.append((f"recipes {name}*", "ready" if not missing else f"{len(missing)} missing", "\n".join(missing)))

@@ -1,127 +1,278 @@
-"""Score images against a recipe's reference: FID, sFID, IS, precision and recall, as ADM's suite defines them."""
+"""`bdm evaluate`: score images against a reference by a named protocol, alone or several sets with their spread."""
 
-import hashlib
+import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate import PartialState
 
-from bdm_cli import inputs, output, records, runs
-from bdm_cli.diffusion.data import reference_images
+from bdm_cli import output, records, runs, student
+from bdm_cli.diffusion.data import Images, reference_images
 from bdm_cli.errors import BdmError
-from bdm_cli.metrics import METRICS, images, summary
-from bdm_cli.metrics.features import FeatureNet, Features, InceptionFeatures, extract, fingerprint, load_features
-from bdm_cli.metrics.images import ImageSet
+from bdm_cli.images import files, readers, sets
+from bdm_cli.images.sets import ImageSet
+from bdm_cli.inputs import Evaluation, Source
+from bdm_cli.metrics import FEATURES, METRICS, PROTOCOLS, bootstrap, protocols
+from bdm_cli.metrics.comparison import Comparison, Reference
+from bdm_cli.metrics.extraction import BATCH, extract, summary_of
+from bdm_cli.metrics.features import Network
+from bdm_cli.metrics.inception_score import BLOCK
 from bdm_cli.metrics.precision_recall import NEIGHBOUR
-from bdm_cli.metrics.summary import Summary, summarize
-from bdm_cli.recipe import Recipe
-from bdm_cli.registry import resolve
+from bdm_cli.metrics.protocols import Protocol
+from bdm_cli.metrics.summary import Summary
+from bdm_cli.recipe import Evaluate
 
-Network = FeatureNet | InceptionFeatures
+TOO_FEW, SORTED = "TOO FEW IMAGES", "SORTED BY CLASS"
+LOUD = (TOO_FEW, SORTED)
 
 
-def run(recipe: Recipe, path: Path, run_id: str | None = None) -> pd.DataFrame:
-    """The recipe's metrics of the images at `path` (npz with arr_0, or a folder), one row each.
+def run(asked: Evaluation, weights: Path | None = None, batch: int = BATCH, resamples: int = 0) -> pd.DataFrame:
+    """One row for each set of samples and metric; what was seen before is not computed again.
 
-    The reference is recipe.evaluate.reference, else the recipe's training images; its features are cached.
-    run_id: the run of ours that made the images; then each metric becomes a record. None for images from elsewhere,
-        which are only scored.
+    A run that is scored by its own recipe leaves records. weights: a file in place of Inception's own place. batch:
+    images at a time. resamples: also 95 % bootstrap intervals (columns Low, High) from so many.
+    In a distributed launch the first process scores, after all have shared the pass over the images; the others return
+    an empty table.
     Raises: BdmError for images or references that cannot be compared, or without the feature network's weights.
     """
-    start = time.monotonic()
-    functions: dict[str, Callable[[Summary, Summary], float]] = {
-        name: resolve("metric", name, METRICS) for name in recipe.evaluate.metrics
-    }
-    network = load_features(recipe.evaluate.features)
-    samples, reference = images.load(path), _reference(recipe)
-    _check(recipe, network, samples, reference)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network.to(device)
-    ours = summarize(_features(network, samples, "features of the samples"), samples.stored)
-    theirs = _reference_summary(recipe, network, reference)
-    _warn(ours, theirs)
+    start, settings = time.monotonic(), asked.settings
+    protocol = protocols.protocol(settings.protocol, settings.metrics, settings.features)
+    processes = student.processes()
+    with processes.main_process_first():  # who may download
+        network = protocols.network(protocol, settings.features, settings.metrics, weights)
+    loaded = [_images(source) for source in asked.samples]
+    reference = None
+    if asked.reference is not None and settings.compares:
+        reference = _reference(asked.reference, settings, loaded[0])
+    _check(network, protocol, settings, loaded, reference)
+    network.to(processes.device)
+    for note in [note for images in (*loaded, reference) if images for note in images.notes]:
+        if processes.is_main_process:
+            output.say(f"note: {note}")
 
+    def summary(images: ImageSet, keep: int = 0) -> Summary:
+        what = f"{settings.features} features of {images.source}"
+        return summary_of(network, images, processes, keep, batch, what).with_stored(images.stored)
+
+    theirs = None if reference is None else summary(reference, settings.n_reference).choice(settings.n_reference)
+    ours = [summary(images) for images in loaded]
+    if not processes.is_main_process:
+        return pd.DataFrame()
     rows = []
-    for name, function in functions.items():
-        value = function(ours, theirs)
-        rows.append({"metric": name, "value": value, "n_images": len(samples.pixels), "n_reference": _n(name, theirs)})
-    if run_id is not None:
-        measured = {
-            "run": run_id,
-            "recipe": recipe.id,
-            "seed": runs.seed(run_id),
-            "steps": recipe.train.steps,
-            "digest": recipe.digest,
-            "features": recipe.evaluate.features,
-            "sampling_steps": recipe.sample.steps,
-            "wall_s": time.monotonic() - start,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        }
-        for row in rows:
-            records.append(records.make(**measured, **row))
-    labelled = [(METRICS[row["metric"]].label, *list(row.values())[1:], recipe.evaluate.features) for row in rows]
-    return pd.DataFrame(labelled, columns=["Metric", "Value", "Images", "Reference images", "Features"], dtype=object)
+    for source, images, each in zip(asked.samples, loaded, ours, strict=True):
+        # samples without a reference are compared with themselves, which the Inception Score does not look at
+        against = Reference(each if theirs is None else theirs, settings.distances, processes.device)
+        comparison = Comparison(each, against)
+        rows += _scores(source, images, comparison, protocol, settings, resamples)
+    _warn(rows)
+    if asked.recorded:
+        _record(asked, rows, processes, time.monotonic() - start)
+    return _table(rows, settings, len(asked.samples) > 1 or bool(resamples), bool(resamples))
 
 
-def _reference(recipe: Recipe) -> ImageSet:
-    if recipe.evaluate.reference:
-        return images.load(inputs.reference(recipe))
-    return ImageSet("the training images", reference_images(recipe))
+def _images(source: Source) -> ImageSet:
+    if source.path is not None:
+        return sets.load(source.path)
+    return ImageSet(f"the training images of {source.text}", reference_images(source.recipe))
 
 
-def _check(recipe: Recipe, network: Network, samples: ImageSet, reference: ImageSet) -> None:
+def _reference(source: Source, settings: Evaluate, samples: ImageSet) -> ImageSet:
+    """The reference; raw images of any size are prepared as the samples are, if evaluate.prepare says how."""
+    if source.path is None or settings.prepare == "none" or source.recipe is not None or source.path.suffix == ".npz":
+        return _images(source)
+    height, width, _ = samples.pixels.shape[1:]
+    if height != width:
+        raise BdmError(
+            f"{samples.source} has images of {width}x{height} (width x height); a reference is prepared to squares.\n"
+            '  prepare it yourself, and set evaluate.prepare = "none"'
+        )
+    reader = files.find(source.path)
+    seen = readers.survey(reader)
+    sets.require_whole(reader, seen)
+    images = Images(reader, settings.prepare, height, sets.channels(seen), recipe=source.text)
+    return ImageSet(f"{source.path} ({settings.prepare})", images, notes=sets.notes(reader, seen))
+
+
+def _check(
+    network: Network, protocol: Protocol, settings: Evaluate, loaded: list[ImageSet], reference: ImageSet | None
+) -> None:
     """Everything about the images that would make a score wrong or impossible, before the first feature."""
-    for each in (samples, reference):
+    for each in [*loaded, *([reference] if reference else [])]:
+        shape = each.pixels.shape
         if len(each.pixels) <= NEIGHBOUR:
             raise BdmError(
                 f"{each.source} has {len(each.pixels)} images, at least {NEIGHBOUR + 1} are needed.\n  give more images"
             )
-    if samples.pixels.shape[1:] != reference.pixels.shape[1:]:
-        given, wanted = (list(each.pixels.shape[1:]) for each in (samples, reference))
-        raise BdmError(
-            f"{samples.source} has images {given} (height, width, channels), {reference.source} of recipe "
-            f"'{recipe.name}' has {wanted}.\n"
-            "  prepare both alike, or choose another recipe or evaluate.reference"
-        )
-    if isinstance(network, FeatureNet):
-        shape = network.shape
-        if samples.pixels.shape[1:] != (shape.size, shape.size, shape.channels):
+        network.require(shape[1:], each.source)
+        if each.stored:
+            _check_stored(network, each)
+        other = loaded[0] if each is reference or reference is None else reference
+        if shape[1:3] != other.pixels.shape[1:3]:
+            given, wanted = (list(images.pixels.shape[1:]) for images in (each, other))
             raise BdmError(
-                f"the features '{shape.dataset}' are for images [{shape.size}, {shape.size}, {shape.channels}], "
-                f'{samples.source} has {list(samples.pixels.shape[1:])}.\n  set evaluate.features = "inception"'
+                f"{each.source} has images {given} (height, width, channels), {other.source} has {wanted}.\n"
+                "  prepare both alike (a reference of raw images: --prepare), or choose another reference"
+            )
+    if reference is None and settings.compares:
+        raise BdmError(
+            f"{', '.join(name for name in settings.metrics if name != 'is')} compare with something: there is no "
+            "reference.\n"
+            "  give --reference: a run, an npz, a folder or tar of images, a recipe; or --metrics is"
+        )
+    if reference is not None and settings.n_reference > len(reference.pixels):
+        raise BdmError(
+            f"{settings.n_reference} reference images are asked for, and there are {len(reference.pixels)}.\n"
+            "  set evaluate.n_reference to at most that number, or to 0 for all"
+        )
+    for each in loaded if "is" in settings.metrics else []:
+        if not all(map(len, protocol.blocks(len(each.pixels)))):
+            raise BdmError(
+                f"{each.source} has {len(each.pixels)} images, fewer than the parts of the Inception Score of the "
+                f"protocol '{protocol.name}'.\n  give more images, or leave is out of --metrics"
             )
 
 
-def _features(network: Network, chosen: ImageSet, what: str) -> Features:
-    with output.progress(what, len(chosen.pixels), "images") as advance:
-        return extract(network, chosen.pixels, advance=advance)
+def _check_stored(network: Network, images: ImageSet) -> None:
+    """Raises: BdmError if a file's statistics are of other features than the network's, told by its first image."""
+    (features,) = extract(network, images.pixels, range(1), 1, next(network.parameters()).device)
+    for name, mean in (("pool", "mu"), ("spatial", "mu_s")):
+        given = len(images.stored[mean])
+        if name in features and (wanted := features[name].shape[1]) != given:
+            raise BdmError(
+                f"{images.source}: the statistic {mean} has {given} dimensions, the {name} features have {wanted}.\n"
+                '  published files need evaluate.features = "inception"; or give a file without mu'
+            )
 
 
-def _reference_summary(recipe: Recipe, network: Network, reference: ImageSet) -> Summary:
-    """Cached by everything that it depends on: the network's weights, the images, and how many are kept."""
-    n_pool = recipe.evaluate.n_reference
-    key = hashlib.sha256(f"{fingerprint(network)} {reference.digest()} {n_pool}".encode()).hexdigest()[:16]
-    path = runs.cache_dir() / f"reference-{key}.safetensors"
-    if path.exists():
-        return summary.load(path)
-    found = summarize(_features(network, reference, "features of the reference"), reference.stored, n_pool)
-    summary.save(found, path)
-    return found
+def _scores(
+    source: Source,
+    images: ImageSet,
+    comparison: Comparison,
+    protocol: Protocol,
+    settings: Evaluate,
+    resamples: int,
+) -> list[dict[str, object]]:
+    values = {name: protocol.functions[name](comparison) for name in settings.metrics}
+    if broken := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise BdmError(
+            f"{source.text}: {', '.join(broken)} is not a finite number.\n"
+            "  its features are too far from anything the feature network knows; look at the images"
+        )
+    rows: list[dict[str, object]] = [
+        {
+            "samples": source.text,
+            "metric": name,
+            "value": value,
+            "n_images": comparison.samples.n,
+            "n_reference": _n_reference(name, comparison),
+            "note": _note(name, images, comparison, protocol),
+        }
+        for name, value in values.items()
+    ]
+    if resamples:
+        total = resamples * len({"fid", "sfid"} & set(values))
+        with output.progress(f"resampling {source.text}", total, "resamples") as advance:
+            found = bootstrap.intervals(comparison, protocol, values, resamples, advance=advance)
+        for row in rows:
+            row["low"], row["high"] = found[row["metric"]] or (None, None)
+    return rows
 
 
-def _warn(samples: Summary, reference: Summary) -> None:
-    for name, each in (("sample", samples), ("reference", reference)):
-        for label, part in (("FID", each.pool_statistics), ("sFID", each.spatial_statistics)):
-            if part.degenerate:
-                output.say(
-                    f"warning: {part.n} {name} images for {len(part.mu)} feature dimensions: {label} comes out too "
-                    "high, compare it only with values from as many images"
-                )
-
-
-def _n(metric: str, reference: Summary) -> int | None:
+def _n_reference(metric: str, comparison: Comparison) -> int | None:
     """How many reference images a metric rests on; None if unknown (stored statistics) or none."""
-    of = {"fid": reference.pool_statistics.n, "sfid": reference.spatial_statistics.n}
-    return None if metric == "is" else of.get(metric, len(reference.pool))
+    part = {"fid": "pool", "sfid": "spatial"}.get(metric)
+    if metric == "is":
+        return None
+    reference = comparison.reference.summary
+    return reference.statistics[part].n if part else len(reference.rows["pool"])
+
+
+def _note(metric: str, images: ImageSet, comparison: Comparison, protocol: Protocol) -> str:
+    """What makes the number one to be careful with, if anything."""
+    part = {"fid": "pool", "sfid": "spatial"}.get(metric)
+    if part:
+        sides = {
+            "sample": comparison.samples.statistics[part],
+            "reference": comparison.reference.summary.statistics[part],
+        }
+        few = [f"{s.n} {side} images for {len(s.mu)} feature dimensions" for side, s in sides.items() if s.degenerate]
+        return f"{TOO_FEW}: {', '.join(few)}; comes out too high" if few else ""
+    if metric != "is" or protocol.name != "adm":
+        return ""
+    told, sizes = [], [len(block) for block in protocol.blocks(comparison.samples.n)]
+    if images.class_run:
+        told.append(f"{SORTED}: {images.class_run:.0f} of one class follow each other; too low, shuffle them")
+    if sizes[-1] < BLOCK:
+        which = "rests on" if len(sizes) == 1 else "its last block has"
+        told.append(f"{which} {sizes[-1]} images, fewer than a block of {BLOCK}")
+    return "; ".join(told)
+
+
+def _warn(rows: list[dict[str, object]]) -> None:
+    for row in rows:
+        if str(row["note"]).startswith(LOUD):
+            output.say(f"warning: {row['samples']}, {METRICS[row['metric']]}: {row['note']}")
+
+
+def _record(asked: Evaluation, rows: list[dict[str, object]], processes: PartialState, wall_s: float) -> None:
+    (source,) = asked.samples
+    spec, settings = source.recipe, asked.settings
+    for row in rows:
+        measured = {key: row[key] for key in ("metric", "value", "n_images", "n_reference")}
+        record = records.make(
+            run=source.run_id,
+            recipe=spec.id,
+            seed=runs.seed(source.run_id),
+            steps=spec.train.steps,
+            digest=spec.digest,
+            features=settings.features,
+            protocol=settings.protocol,
+            sampling_steps=spec.sample.steps,
+            wall_s=wall_s,
+            device=torch.cuda.get_device_name() if processes.device.type == "cuda" else "cpu",
+            **measured,
+        )
+        records.append(record)
+
+
+def _table(rows: list[dict[str, object]], settings: Evaluate, named: bool, spread: bool) -> pd.DataFrame:
+    columns = {
+        **({"Samples": "samples"} if named else {}),
+        "Metric": "metric",
+        "Value": "value",
+        **({"Low": "low", "High": "high"} if spread else {}),
+        "Images": "n_images",
+        "Reference images": "n_reference",
+    }
+    table = pd.DataFrame([[row[key] for key in columns.values()] for row in rows], columns=list(columns), dtype=object)
+    table["Metric"] = table["Metric"].map(METRICS)
+    table["Features"] = FEATURES[settings.features].label
+    table["Protocol"] = PROTOCOLS[settings.protocol].label
+    table["Note"] = [row["note"] for row in rows]
+    return table
+
+
+def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each set of samples, a column for each metric: value [low, high]."""
+    if table.empty:
+        return table
+    metrics = list(dict.fromkeys(table["Metric"]))
+    wide = []
+    for first in range(0, len(table), len(metrics)):
+        part = table.iloc[first : first + len(metrics)]
+        samples, by_metric = part["Samples"].iloc[0], part.set_index("Metric")
+        cells = {metric: _cell(by_metric.loc[metric]) for metric in metrics}
+        kept = {name: part[name].iloc[0] for name in ("Images", "Features", "Protocol")}
+        wide.append({"Samples": samples, **cells, **kept})
+    return pd.DataFrame(wide, dtype=object)
+
+
+def _cell(row: pd.Series) -> str:
+    value = f"{row['Value']:.4g}"
+    return (
+        value
+        + (f" [{row['Low']:.4g}, {row['High']:.4g}]" if row["Low"] is not None else "")
+        + (" (!)" if row["Note"].startswith(LOUD) else "")
+    )

@@ -382,7 +382,8 @@ def _grids(measured: Sequence[Record]) -> tuple[list[Picture], list[Picture]]:
     for record in records.newest(list(measured)).values():
         if record.metric == "fid":
             sampler = re.search(r"\+sample\.sampler=([\w-]+)", record.recipe)
-            fids[record.run, sampler[1] if sampler else "ddim"].append(f"FID {record.value:.4g}")
+            told = f"FID {record.value:.4g}" + f" ({record.ruler})" * bool(record.ruler)
+            fids[record.run, sampler[1] if sampler else "ddim"].append(told)
     paths = runs.runs_dir().glob("*/samples/*/grid.png")
     found = [(*_run_parts(path.parents[2].name), path.parent.name, path) for path in paths]
     found.sort(key=lambda item: (_order(item[0]), item[2], int(item[1] or 0)))
@@ -444,6 +445,7 @@ def _run_table(run_ids: Iterable[str], measured: Sequence[Record]) -> pd.DataFra
                 "Training time (s)": f"{log[-1]['wall_s']:.0f}" if log and "wall_s" in log[-1] else "",
                 "Images": max((r.n_images or 0 for r in found), default=0) or "",
                 "Measured": ", ".join(dict.fromkeys(r.metric for r in found)) or "nothing yet",
+                "By": "; ".join(dict.fromkeys(r.ruler or r.features for r in found if r.features)),
                 "Date (UTC)": max((r.time for r in found), default="")[:10],
                 "Made with": ", ".join(dict.fromkeys(letters[_environment(r)] for r in found)),
             }

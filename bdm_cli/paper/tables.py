@@ -139,7 +139,10 @@ def _append(frame: pd.DataFrame, column: Column, texts: dict[str, list[str | Non
 
 
 def other(records: Sequence[Record]) -> pd.DataFrame:
-    """Every measurement that no table of the paper has a place for: one row per recipe, one column per metric."""
+    """Every measurement that no table of the paper has a place for: one row per recipe, one column per metric.
+
+    Scores that do not rest on Inception's features and ADM's protocol say so in their column's name.
+    """
     known = cells()
     placed = {(name, cell.metric) for cell in known.itertuples() for name in (cell.recipe, cell.twin)}
     short = marked(records)
@@ -148,7 +151,9 @@ def other(records: Sequence[Record]) -> pd.DataFrame:
         if (name, metric) not in placed:
             spread = _spread("", found)
             text = _written(spread["_mean"], spread["_std"], spread["_n"])
-            rows.setdefault(name, {"recipe": name})[metric] = text + DAGGER * ((name, metric) in short)
+            ruler = found[-1].ruler
+            column = f"{metric} ({ruler})" if ruler else metric
+            rows.setdefault(name, {"recipe": name})[column] = text + DAGGER * ((name, metric) in short)
     frame = pd.DataFrame(list(rows.values()), columns=None if rows else ["recipe"])
     return frame.astype(object).where(frame.notna(), None)
 

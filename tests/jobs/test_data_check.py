@@ -142,7 +142,7 @@ def test_an_lmdb(home: Path):
 
 def test_every_image_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
     data.check(small(name="ffhq"))
-    (cached,) = runs.cache_dir().glob("survey-*")
+    (cached,) = runs.cache_dir().glob("seen-*")
     before = cached.stat().st_mtime_ns
     data.check(small("data.prepare=box-crop", name="ffhq"))
     assert cached.stat().st_mtime_ns == before

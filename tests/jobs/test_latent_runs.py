@@ -68,10 +68,10 @@ def test_records_tell_the_samplers_apart(tiny_ldm_teacher: Path, bdm: Bdm):
     """Also of a recipe that is named by its path, with --recipe and with --run."""
     path = str(RECIPES / "tiny-ldm.toml")
     assert bdm("train", "-r", path)[0] == 0
-    for which in (["-r", path], ["--run", "tiny-ldm-s0"]):
+    for which, scored in ((["-r", path], ["-r", path]), (["--run", "tiny-ldm-s0"], ["tiny-ldm-s0"])):
         for settings in ([], ["-s", "sample.sampler=plms", "-s", "sample.eta=0"]):
             assert bdm("sample", *which, *settings)[0] == 0
-            assert bdm("evaluate", *which, *settings)[0] == 0
+            assert bdm("evaluate", *scored, *settings)[0] == 0
         ids = {r.recipe for r in records.read() if r.metric == "fid"}
         assert ids == {"tiny-ldm", "tiny-ldm+sample.eta=0+sample.sampler=plms"}, which
 

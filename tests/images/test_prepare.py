@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bdm_cli.diffusion.prepare import PREPARATIONS, in_colour, prepared, resize_linear
 from bdm_cli.errors import BdmError
+from bdm_cli.images.prepare import PREPARATIONS, in_colour, prepared, resize_linear
 
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 CROPS = sorted(PREPARATIONS.keys() - {"none"})

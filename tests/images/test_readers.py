@@ -17,10 +17,9 @@ import pytest
 from PIL import Image
 
 from bdm_cli import recipe, runs
-from bdm_cli.diffusion import readers
 from bdm_cli.diffusion.data import find, reference_images, require_condition, training_images
 from bdm_cli.errors import BdmError
-from bdm_cli.metrics.images import ImageSet
+from bdm_cli.images import files, readers
 from bdm_cli.recipe import Recipe
 
 
@@ -135,14 +134,14 @@ def test_an_lmdb_without_images(home: Path):
 READ = """
 import sys
 from pathlib import Path
-from bdm_cli.diffusion import readers
+from bdm_cli.images import files, lsun, readers
 from bdm_cli.errors import BdmError
 
 if sys.argv[1] == "unchecked":
-    readers._check_whole = lambda path: None
+    lsun._check_whole = lambda path: None
 for folder in sys.argv[2:]:
     try:
-        reader = readers.find(Path(folder))
+        reader = files.find(Path(folder))
         print("whole", [reader.open(i).size for i in range(len(reader))][0])
     except BdmError as error:
         print(str(error).splitlines()[0])
@@ -180,7 +179,7 @@ def test_the_cut_that_is_caught_would_kill(church: Path, home: Path):
 def test_a_file_that_is_no_lmdb(home: Path, damage: bytes):
     write(home / "data" / "data.mdb", damage)
     with pytest.raises(BdmError, match="is not an lmdb, or only its beginning"):
-        readers.find(home / "data")
+        files.find(home / "data")
 
 
 def test_an_lmdb_whose_tail_was_never_written(church: Path):
@@ -189,7 +188,7 @@ def test_an_lmdb_whose_tail_was_never_written(church: Path):
     content[8192:] = bytes(len(content) - 8192)
     (church / "data.mdb").write_bytes(content)
     with pytest.raises(BdmError, match=r"data\.mdb is damaged|cannot be opened|empty lmdb"):
-        readers.find(church)
+        files.find(church)
 
 
 # folders
@@ -256,7 +255,20 @@ def test_the_digest_does_not_depend_on_where_the_images_lie(faces: Path, home: P
     faces.rename(home / "elsewhere")
     moved = training_images(small("elsewhere", name="ffhq"))
     assert moved.digest() == first
-    assert ImageSet("a", moved).digest() == ImageSet("b", moved).digest() != ImageSet("c", moved[:]).digest()
+
+
+def test_the_content_does_not_depend_on_names_and_times(faces: Path, home: Path):
+    first = training_images(small(faces, name="ffhq"))
+    (home / "copy").mkdir()
+    for i in range(4):
+        write(home / "copy" / f"{i}.png", (faces / f"{i // 2 * 1000:05d}" / f"{i:05d}.png").read_bytes())
+        os.utime(home / "copy" / f"{i}.png", ns=(i, i))
+    copy = training_images(small("copy", name="ffhq"))
+    assert copy.content() == first.content()
+    assert copy.digest() != first.digest()
+    assert training_images(small("copy", "data.prepare=box-crop", name="ffhq")).content() != first.content()
+    write(home / "copy" / "3.png", picture(8))
+    assert training_images(small("copy", name="ffhq")).content() != first.content()
 
 
 def test_random_crops(faces: Path):
@@ -329,7 +341,7 @@ def test_a_tar_with_links_is_refused(faces: Path):
     with tarfile.open(path, "w") as tar:
         tar.add(faces, "ffhq")
     with pytest.raises(BdmError, match=r"00009\.png is a link to 00000\.png(.|\n)*--dereference"):
-        readers.find(path)
+        files.find(path)
 
 
 def test_two_files_of_one_size_and_time_are_told_apart(home: Path):
@@ -347,9 +359,9 @@ def test_a_large_compressed_tar_must_be_unpacked(faces: Path, monkeypatch: pytes
     path = faces.parent / "ffhq.tar"
     with tarfile.open(path, "w:gz") as tar:
         tar.add(faces, "ffhq")
-    monkeypatch.setattr(readers, "IN_MEMORY", 2000)
+    monkeypatch.setattr(files, "IN_MEMORY", 2000)
     with pytest.raises(BdmError, match=r"is compressed and holds more than(.|\n)*unpack it"):
-        readers.find(path)
+        files.find(path)
 
 
 def test_what_is_there_in_place_of_images(home: Path):
@@ -517,6 +529,11 @@ def test_a_text_conditional_network_is_told_nothing_where_there_are_no_captions(
 
 # corrupt images
 
+
+def animated(form: str) -> bytes:
+    return encoded(picture(0), form, save_all=True, append_images=[picture(1), picture(2)], lossless=True)
+
+
 JPEG, PNG, WEBP = (encoded(picture(0), form) for form in ("JPEG", "PNG", "WEBP"))
 CORRUPT = {
     "empty": (b"", "it is empty"),
@@ -528,6 +545,8 @@ CORRUPT = {
     "png-half": (PNG[: len(PNG) // 2], "truncated"),
     "png-chunk": (PNG[:60] + b"\0\0\0\0" + PNG[64:], "."),
     "webp-half": (WEBP[: len(WEBP) // 2], "."),
+    "png-animated": (animated("PNG"), r"it is animated \(3 frames\)"),
+    "webp-animated": (animated("WEBP"), r"it is animated \(3 frames\)"),
 }
 
 
@@ -552,19 +571,20 @@ def test_a_corrupt_image_of_a_large_set_is_an_error_when_it_is_used(faces: Path,
 
 def test_corrupt_images_can_be_left_out(faces: Path, capsys: pytest.CaptureFixture[str]):
     whole = training_images(small(faces, name="ffhq"))
-    for kind, (content, _) in CORRUPT.items():
-        write(faces / "00000" / f"{kind}.jpg", content)
+    kinds = sorted(CORRUPT)[:10]  # as many as are named
+    for kind in kinds:
+        write(faces / "00000" / f"{kind}.jpg", CORRUPT[kind][0])
     spec = small(faces, "data.corrupt=skip", name="ffhq")
     images = training_images(spec)
     told = capsys.readouterr().err
     assert "left out, cannot be decoded: " in told
-    assert all(f"00000/{kind}.jpg (" in told for kind in CORRUPT)
-    assert f"9 of 13 images of {faces} are left out\n" in told
+    assert all(f"00000/{kind}.jpg (" in told for kind in kinds)
+    assert f"10 of 14 images of {faces} are left out\n" in told
     assert np.array_equal(images[:], whole[:])
     assert images.name(3) == "01000/00003.png"
     assert images.labels.tolist() == [0, 0, 1, 1]
     assert images.digest() != whole.digest()
-    assert len(list(runs.cache_dir().glob("survey-*"))) == 1
+    assert len(list(runs.cache_dir().glob("seen-*"))) == 1
     for content in (b"", b"x"):  # a file that changes is looked at again
         write(faces / "00000" / "00000.png", content)
         assert len(training_images(spec)) == 3
