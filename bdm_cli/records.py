@@ -83,8 +83,12 @@ def _commit() -> str:
 
 def make(**measured: object) -> Record:
     """A record of what was measured, with this process's provenance and the time."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Record(**measured, **provenance(), time=now)
+    return Record(**measured, **provenance(), time=now())
+
+
+def now() -> str:
+    """The time as records write it: UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def append(record: Record) -> None:

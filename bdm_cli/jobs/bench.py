@@ -91,7 +91,7 @@ def evaluate(
             _draw_features(folder / f"{name}.npy", n, number)
         rows = [_measured(task, rounds, folder, weights) for task in tasks]
     for row in rows:
-        runs.append_line(runs.bench_dir() / "evaluate.jsonl", row | records.provenance())
+        runs.append_line(runs.bench_dir() / "evaluate.jsonl", row | records.provenance() | {"time": records.now()})
     columns = {
         "Task": "task",
         "Images": "images",

@@ -60,10 +60,10 @@ def run(asked: Evaluation, weights: Path | None = None, batch: int = BATCH, resa
     ours = [summary(images) for images in loaded]
     if not processes.is_main_process:
         return pd.DataFrame()
+    # without a reference samples stand beside themselves, which the Inception Score does not look at
+    against = Reference(ours[0] if theirs is None else theirs, settings.distances, processes.device)
     rows = []
     for source, images, each in zip(asked.samples, loaded, ours, strict=True):
-        # samples without a reference are compared with themselves, which the Inception Score does not look at
-        against = Reference(each if theirs is None else theirs, settings.distances, processes.device)
         comparison = Comparison(each, against)
         rows += _scores(source, images, comparison, protocol, settings, resamples)
     _warn(rows)

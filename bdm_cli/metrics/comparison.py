@@ -3,6 +3,7 @@
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from bdm_cli.metrics import adm_float16, precision_recall
@@ -27,6 +28,12 @@ class Reference:
     def to_spatial(self) -> FrechetTo:
         return FrechetTo(self.summary.statistics["spatial"])
 
+    @functools.cached_property
+    def radii(self) -> np.ndarray:
+        """Of the balls around its images, on pooled features."""
+        precision_recall.require_enough(self.summary.rows["pool"])
+        return precision_recall.radii(self.summary.rows["pool"], self.device)
+
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
@@ -41,7 +48,7 @@ class Comparison:
         sides = self.samples.rows["pool"], self.reference.summary.rows["pool"]
         if self.reference.distances == "float16":
             return adm_float16.coverage(*sides, self.reference.device)
-        return precision_recall.exact(*sides, self.reference.device)
+        return precision_recall.exact(*sides, self.reference.device, self.reference.radii)
 
     @functools.cached_property
     def vgg_coverage(self) -> tuple[float, float]:

@@ -44,17 +44,22 @@ class Coverage:
         return 100 * float(self.reached.mean())
 
 
-def exact(samples: np.ndarray, reference: np.ndarray, device: torch.device) -> Coverage:
+def exact(
+    samples: np.ndarray, reference: np.ndarray, device: torch.device, of_reference: np.ndarray | None = None
+) -> Coverage:
     """Coverage of float32 features [M, D] and [N, D], as if all distances were taken directly in float64.
 
     Blocks of distances come from matrix products in float32, |u|^2 - 2 u.v + |v|^2, whose error is bounded; only what
     lies within that bound of a decision is taken again, directly and in float64. So the result depends on neither
     blocks nor device, copies of an image are at distance 0 and ties are ties.
 
-    Memory: blocks, beside the features. Raises: BdmError for fewer than four images on a side.
+    of_reference: the reference's radii, if they are known.
+    Memory: blocks, beside the features. Raises: BdmError for fewer than four images on a side; ValueError for features
+    whose squares are beyond float32.
     """
     require_enough(samples, reference)
-    return _covered(samples, reference, radii(samples, device), radii(reference, device), device)
+    of_reference = radii(reference, device) if of_reference is None else of_reference
+    return _covered(samples, reference, radii(samples, device), of_reference, device)
 
 
 def require_enough(*sides: np.ndarray) -> None:
