@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from bdm_cli import output, recipe
 from bdm_cli.errors import BdmError, unknown
@@ -132,15 +132,7 @@ def claim(run_id: str) -> Iterator[Path]:
     if os.environ.get("RANK", "0") != "0":
         yield folder
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a")  # noqa: SIM115  held open as long as the claim
-    except OSError as error:
-        raise BdmError(
-            f"cannot write the run directory {folder} ({error.strerror}).\n"
-            "  use a directory you may write: run bdm elsewhere, or set BDM_HOME"
-        ) from None
-    with lock:
+    with _lock(folder) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -154,20 +146,25 @@ def claim(run_id: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def turn(folder: Path) -> Iterator[None]:
     """Wait until no other process works below `folder`, and keep others waiting; the turn ends with the process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a")  # noqa: SIM115  held open as long as the turn
-    except OSError as error:
-        raise BdmError(
-            f"cannot write {folder} ({error.strerror}).\n  use a directory you may write: BDM_HOME"
-        ) from None
-    with lock:
+    with _lock(folder) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             output.say(f"another process works on {folder}; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _lock(folder: Path) -> TextIO:
+    """The file that who works in `folder` locks. Raises: BdmError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return open(folder / "lock", "a")
+    except OSError as error:
+        raise BdmError(
+            f"cannot write the directory {folder} ({error.strerror}).\n"
+            "  use a directory you may write: run bdm elsewhere, or set BDM_HOME"
+        ) from None
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -243,7 +243,7 @@ def test_unwritable_home(bdm, tiny_teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("BDM_HOME", str(blocked))
     code, _, err = bdm("train", "--recipe", TINY, "--set", f"model.pretrained={tiny_teacher}")
     assert code == 2
-    assert "cannot write the run directory" in err
+    assert "cannot write the directory" in err
 
 
 def test_two_processes_on_one_run(bdm, tiny_teacher):

@@ -251,7 +251,7 @@ def test_the_other_processes_of_a_distributed_training_claim_nothing(holder: sub
 def test_a_run_directory_that_cannot_be_written(blocked: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("BDM_HOME", str(blocked))
     with (
-        pytest.raises(BdmError, match=r"^cannot write the run directory .*\(.+\)\.\n  use a directory you may write"),
+        pytest.raises(BdmError, match=r"^cannot write the directory .*\(.+\)\.\n  use a directory you may write"),
         runs.claim("x-s0"),
     ):
         pass
