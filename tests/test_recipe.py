@@ -107,7 +107,6 @@ def test_the_recipe_of_a_teacher():
         (["train.steps=10", "train.steps=20"], "+train.steps=20"),
         (["train.steps=10", "train.steps=400"], ""),
         (['evaluate.metrics=["fid", "is"]'], ""),
-        (["sample.classes=[3, 7]"], "+sample.classes=[3,7]"),
         (["data.path=/somewhere/else", "sample.batch=3", "sample.shard=9"], ""),
         (["model.pretrained=/a/b/mine.safetensors"], "+model.pretrained=mine-9a8a94"),
         (["train.log_every=1", "train.grid_every=7", "train.checkpoint_every=9", "pretrain.log_every=3"], ""),
