@@ -252,7 +252,7 @@ def evaluate(
     recipe: AnyRecipe = None,
     method: MethodName = None,
     overrides: Overrides = None,
-    seed: Seed = 0,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the run of --recipe; default: 0.")] = None,
     protocol: Annotated[str | None, typer.Option("--protocol", help="adm, clean or torch-fidelity")] = None,
     features: Annotated[str | None, typer.Option("--features", help="inception, cifar10 or digits")] = None,
     metrics: Annotated[
@@ -266,7 +266,9 @@ def evaluate(
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time through the feature network.")] = 64,
     compare: Annotated[bool, typer.Option("--compare", help="Side by side, with 95 % bootstrap intervals.")] = False,
-    resamples: Annotated[int, typer.Option("--resamples", min=10, help="Resamples of --compare.")] = 100,
+    resamples: Annotated[
+        int | None, typer.Option("--resamples", min=10, help="Resamples of --compare; default: 100.")
+    ] = None,
     form: Form = Format.table,
 ) -> None:
     """Score images with FID, sFID, IS, precision, recall and KID, by ADM's, clean-fid's or torch-fidelity's protocol.
@@ -278,14 +280,18 @@ def evaluate(
     `bdm evaluate --compare digits-w1a4-s0 digits-w1a4-baseline-s0`
     """
     from bdm_cli import inputs
+    from bdm_cli.recipe import ASKED_FOR
 
+    if resamples and not compare:
+        raise BdmError("--resamples is for --compare, which draws the samples again.\n  add --compare, or leave it out")
     given = {"protocol": protocol, "features": features, "prepare": prepare}
     short = [f'evaluate.{key}="{value}"' for key, value in given.items() if value is not None]
     short += [f"evaluate.metrics={metrics.replace(' ', '').split(',')}"] if metrics else []
-    asked = inputs.evaluation(samples or [], reference, recipe, method, seed, [*(overrides or []), *short])
+    usual = [f"evaluate.metrics={list(ASKED_FOR[protocol])}"] if protocol in ASKED_FOR else []
+    asked = inputs.evaluation(samples or [], reference, recipe, method, seed, [*usual, *(overrides or []), *short])
     from bdm_cli.jobs import evaluate
 
-    table = evaluate.run(asked, weights, batch, resamples if compare else 0)
+    table = evaluate.run(asked, weights, batch, (resamples or 100) if compare else 0)
     wide = compare and form in (Format.table, Format.md, Format.latex)
     show(
         evaluate.side_by_side(table) if wide else table, form, "Metrics, with 95 % intervals" if compare else "Metrics"

@@ -143,14 +143,14 @@ def evaluation(
     reference: str | None,
     name: str | None,
     method: str | None,
-    seed: int,
+    seed: int | None,
     overrides: Sequence[str],
 ) -> Evaluation:
     """What to score, against what, how.
 
     given: sets of images; none = the run of recipe `name` with `seed`. The settings ([evaluate]) and, without
     `reference`, also what to compare with are those of the recipe `name`; else of the runs among `given`, which must
-    agree; else of the recipe that `reference` is; else ADM's protocol on Inception's features.
+    agree; else of the recipe that `reference` is, or the first of `given`; else ADM's protocol on Inception's features.
     Raises: BdmError if something is not there, or the settings are not told.
     """
     if not given and name is None:
@@ -159,17 +159,24 @@ def evaluation(
             "(with --seed), for that run"
         )
     if not given:
-        own = of_run(*runs.target(None, name, method, overrides, seed))
+        own = of_run(*runs.target(None, name, method, overrides, seed or 0))
         samples, spec = own.samples, own.samples[0].recipe
-    elif method is not None:
-        raise BdmError("--method chooses a run, with --recipe and --seed.\n  leave out --method, or the images")
+    elif method is not None or seed is not None:
+        option = "--seed" if method is None else "--method"
+        raise BdmError(f"{option} chooses a run, with --recipe.\n  leave out {option}, or the images")
     else:
         samples = tuple(source(text, overrides) for text in given)
         spec = recipes.load(name, overrides) if name is not None else _agreed(samples)
     found = None if reference is None else source(reference, overrides)
     if spec is None and found is not None:
         spec = found.recipe
-    settings = recipes.evaluation(overrides) if spec is None else spec.evaluate
+    base = spec or samples[0].recipe
+    settings = recipes.evaluation(overrides) if base is None else base.evaluate
+    asked = any(text.startswith("evaluate.prepare=") for text in overrides) and settings.prepare != "none"
+    if asked and found is not None and found.path is not None and found.path.suffix == ".npz":  # a run's, too
+        raise BdmError(
+            f"{found.text} is taken as it is; --prepare is for a reference of image files.\n  leave out --prepare"
+        )
     if found is None and spec is not None:
         found = _own_reference(spec)
     own_recipe = len(samples) == 1 and samples[0].run_id is not None and spec == samples[0].recipe

@@ -226,6 +226,14 @@ class Sample(Section):
     to_bytes: Literal["round", "truncate"]
 
 
+ASKED_FOR = {
+    "adm": ("fid", "sfid", "is", "precision", "recall"),
+    "clean": ("fid", "kid"),
+    "torch-fidelity": ("fid", "is", "precision", "recall"),
+}
+"""The metrics of `bdm evaluate --protocol` where none are named."""
+
+
 class Evaluate(Section):
     """features: whose features serve the metrics. n_reference: real images for precision, recall and KID; 0 = all.
 

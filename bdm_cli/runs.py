@@ -184,7 +184,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise BdmError(f"cannot write {path} ({error.strerror or error}).\n  free or choose another place") from None
+        raise BdmError(
+            f"cannot write {path} ({error.strerror or error}).\n  free or choose another place (BDM_HOME)"
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:

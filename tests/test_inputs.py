@@ -175,7 +175,7 @@ def asked(
     reference: str | None = None,
     name: str | None = None,
     method: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     overrides: Sequence[str] = (),
 ) -> inputs.Evaluation:
     return inputs.evaluation(given, reference, name, method, seed, overrides)
@@ -271,10 +271,17 @@ def test_images_without_a_recipe_are_scored_by_adm_on_inception(images: str):
     assert (found.settings.features, found.settings.metrics) == ("digits", ("is",))
 
 
-def test_a_recipe_as_samples_says_nothing_about_the_settings(images: str):
+def test_a_recipe_as_samples_brings_its_settings(images: str):
     found = asked("digits", reference=images)
     assert found.samples[0].recipe == load("digits")
-    assert found.settings.features == "inception"
+    assert found.settings == load("digits").evaluate
+    assert asked("digits").reference is None
+
+
+def test_a_seed_or_a_preparation_that_would_do_nothing_is_refused(images: str):
+    assert message(lambda: asked(images, seed=3)).startswith("--seed chooses a run, with --recipe.\n")
+    told = message(lambda: asked(images, reference=images, overrides=["evaluate.prepare=adm-crop"]))
+    assert told.startswith(f"{images} is taken as it is; --prepare is for a reference of image files.\n")
 
 
 @pytest.mark.parametrize(

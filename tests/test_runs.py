@@ -105,7 +105,9 @@ def test_a_write_that_fails_leaves_what_was_there(home: Path, before: str | None
 
 
 def test_an_unwritable_place_is_the_users_mistake(blocked: Path):
-    with pytest.raises(BdmError, match=r"^cannot write .*below/x.txt \(.+\)\.\n  free or choose another place$"):
+    with pytest.raises(
+        BdmError, match=r"^cannot write .*below/x.txt \(.+\)\.\n  free or choose another place \(BDM_HOME\)$"
+    ):
         runs.write_text(blocked / "x.txt", "text")
     with pytest.raises(BdmError, match=r"cannot write .*below/x.jsonl"):
         runs.append_line(blocked / "x.jsonl", {})

@@ -256,7 +256,8 @@ class Tar(_Files):
                 while data and tar.fileobj.read(2**20):  # to the end, where a compressed stream carries its checksum
                     pass
         except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-            raise BdmError(f"{self.path} is not a whole tar file ({error}).\n  {self._allowed}") from None
+            why = str(error).partition("\n")[0].rstrip(":")
+            raise BdmError(f"{self.path} is not a whole tar file ({why}).\n  {self._allowed}") from None
 
 
 def _walk(top: Path) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -139,5 +139,5 @@ def database(path: Path) -> Path | None:
     chosen = [folder for folder in found if folder.name.endswith("_train_lmdb")] if len(found) > 1 else found
     if len(found) > 1 and len(chosen) != 1:
         names = ", ".join(folder.name for folder in found)
-        raise BdmError(f"{path} holds several lmdbs: {names}.\n  say which: --set data.path={found[0]}")
+        raise BdmError(f"{path} holds several lmdbs: {names}.\n  say which (data.path): {found[0]}")
     return chosen[0] if chosen else None

@@ -7,6 +7,8 @@ import json
 import os
 import struct
 import warnings
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -163,14 +165,15 @@ def _surveyed(reader: Reader) -> dict[str, np.ndarray]:
 
 
 def cached(name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays of runs/cache/<name>.npz; made and written if there is no such file."""
+    """The arrays of runs/cache/<name>.npz; made and written if there is no such file, or a damaged one."""
     path = runs.cache_dir() / f"{name}.npz"
-    if not path.exists():
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
         arrays = make()
         runs.write_whole(path, lambda temporary: np.savez(temporary, **arrays))
         return arrays
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
 
 
 def as_json(content: object) -> np.ndarray:

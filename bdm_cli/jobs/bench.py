@@ -84,14 +84,18 @@ def evaluate(
     ]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        weights = weights or INCEPTION.find() or write_random(folder / "random.pth")
+        given = weights or INCEPTION.find()
+        weights = given or write_random(folder / "random.pth")
         for number, name in enumerate(("a", "b")):
             _draw(folder / name, images, size, number)
         for number, (name, n) in enumerate((("samples", samples), ("reference", reference))):
             _draw_features(folder / f"{name}.npy", n, number)
         rows = [_measured(task, rounds, folder, weights) for task in tasks]
     for row in rows:
-        runs.append_line(runs.bench_dir() / "evaluate.jsonl", row | records.provenance() | {"time": records.now()})
+        runs.append_line(
+            runs.bench_dir() / "evaluate.jsonl",
+            row | {"weights": "Inception-v3" if given else "random"} | records.provenance() | {"time": records.now()},
+        )
     columns = {
         "Task": "task",
         "Images": "images",
@@ -146,6 +150,7 @@ def _alone(work: Work, folder: Path, weights: Path) -> Measured:
 
 def _work(its: "multiprocessing.connection.Connection", work: Work, folder: Path, weights: Path, home: str) -> None:
     os.environ["BDM_QUIET"] = "1"
+    torch.set_float32_matmul_precision("highest")  # as bdm evaluate has it, for all alike
     peak, done = 0.0, threading.Event()
 
     def look() -> None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +15,7 @@ from bdm_cli.errors import BdmError
 from bdm_cli.images import files, readers, sets
 from bdm_cli.images.sets import ImageSet
 from bdm_cli.inputs import Evaluation, Source
-from bdm_cli.metrics import FEATURES, METRICS, PROTOCOLS, bootstrap, protocols
+from bdm_cli.metrics import FEATURES, METRICS, PROTOCOLS, bootstrap, kernel, protocols
 from bdm_cli.metrics.comparison import Comparison, Reference
 from bdm_cli.metrics.extraction import BATCH, extract, summary_of
 from bdm_cli.metrics.features import Network
@@ -26,6 +27,7 @@ from bdm_cli.recipe import Evaluate
 
 TOO_FEW, SORTED = "TOO FEW IMAGES", "SORTED BY CLASS"
 LOUD = (TOO_FEW, SORTED)
+PUBLISHED = 50_000
 
 
 def run(asked: Evaluation, weights: Path | None = None, batch: int = BATCH, resamples: int = 0) -> pd.DataFrame:
@@ -40,14 +42,17 @@ def run(asked: Evaluation, weights: Path | None = None, batch: int = BATCH, resa
     start, settings = time.monotonic(), asked.settings
     protocol = protocols.protocol(settings.protocol, settings.metrics, settings.features)
     processes = student.processes()
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers allow TF32, which the bounds do not
     with processes.main_process_first():  # who may download
         network = protocols.network(protocol, settings.features, settings.metrics, weights)
-    loaded = [_images(source) for source in asked.samples]
+    loaded = [_named(source, _without_stored(_images(source), protocol)) for source in asked.samples]
     reference = None
     if asked.reference is not None and settings.compares:
-        reference = _reference(asked.reference, settings, loaded[0])
+        reference = _without_stored(_reference(asked.reference, settings, loaded[0]), protocol)
     _check(network, protocol, settings, loaded, reference)
     network.to(processes.device)
+    if reference is not None and any(reference.pixels.content() == images.pixels.content() for images in loaded):
+        output.say("note: samples and reference are the same images")
     for note in [note for images in (*loaded, reference) if images for note in images.notes]:
         if processes.is_main_process:
             output.say(f"note: {note}")
@@ -78,6 +83,21 @@ def _images(source: Source) -> ImageSet:
     return ImageSet(f"the training images of {source.text}", reference_images(source.recipe))
 
 
+def _named(source: Source, images: ImageSet) -> ImageSet:
+    if source.path is not None:
+        return images
+    told = f"{source.text} is a recipe: its training images are scored; a run of it is {source.recipe.run_id(0)}"
+    return replace(images, notes=(*images.notes, told))
+
+
+def _without_stored(images: ImageSet, protocol: Protocol) -> ImageSet:
+    """A file's statistics are of ADM's resize and network: under another protocol its images count."""
+    if not images.stored or protocol.name == "adm":
+        return images
+    told = f"{images.source}: its mu and sigma are ADM's; '{protocol.name}' takes its {len(images.pixels)} images"
+    return replace(images, stored={}, notes=(*images.notes, told))
+
+
 def _reference(source: Source, settings: Evaluate, samples: ImageSet) -> ImageSet:
     """The reference; raw images of any size are prepared as the samples are, if evaluate.prepare says how."""
     if source.path is None or settings.prepare == "none" or source.recipe is not None or source.path.suffix == ".npz":
@@ -106,6 +126,8 @@ def _check(
                 f"{each.source} has {len(each.pixels)} images, at least {NEIGHBOUR + 1} are needed.\n  give more images"
             )
         network.require(shape[1:], each.source)
+        if shape[3] < network.channels and student.processes().is_main_process:
+            output.say(f"note: {each.source}: grey images are repeated to {network.channels} channels")
         if each.stored:
             _check_stored(network, each)
         other = loaded[0] if each is reference or reference is None else reference
@@ -117,14 +139,13 @@ def _check(
             )
     if reference is None and settings.compares:
         raise BdmError(
-            f"{', '.join(name for name in settings.metrics if name != 'is')} compare with something: there is no "
-            "reference.\n"
+            f"there is no reference to compare with, for {', '.join(n for n in settings.metrics if n != 'is')}.\n"
             "  give --reference: a run, an npz, a folder or tar of images, a recipe; or --metrics is"
         )
     if reference is not None and settings.n_reference > len(reference.pixels):
         raise BdmError(
             f"{settings.n_reference} reference images are asked for, and there are {len(reference.pixels)}.\n"
-            "  set evaluate.n_reference to at most that number, or to 0 for all"
+            "  --set evaluate.n_reference=0 takes all"
         )
     for each in loaded if "is" in settings.metrics else []:
         if not all(map(len, protocol.blocks(len(each.pixels)))):
@@ -167,7 +188,7 @@ def _scores(
             "value": value,
             "n_images": comparison.samples.n,
             "n_reference": _n_reference(name, comparison),
-            "note": _note(name, images, comparison, protocol),
+            "note": _note(name, images, comparison, protocol, settings),
         }
         for name, value in values.items()
     ]
@@ -189,25 +210,40 @@ def _n_reference(metric: str, comparison: Comparison) -> int | None:
     return reference.statistics[part].n if part else len(reference.rows["pool"])
 
 
-def _note(metric: str, images: ImageSet, comparison: Comparison, protocol: Protocol) -> str:
+def _note(metric: str, images: ImageSet, comparison: Comparison, protocol: Protocol, settings: Evaluate) -> str:
     """What makes the number one to be careful with, if anything."""
-    part = {"fid": "pool", "sfid": "spatial"}.get(metric)
-    if part:
-        sides = {
-            "sample": comparison.samples.statistics[part],
-            "reference": comparison.reference.summary.statistics[part],
-        }
-        few = [f"{s.n} {side} images for {len(s.mu)} feature dimensions" for side, s in sides.items() if s.degenerate]
-        return f"{TOO_FEW}: {', '.join(few)}; comes out too high" if few else ""
-    if metric != "is" or protocol.name != "adm":
+    if metric in ("fid", "sfid"):
+        return _few("pool" if metric == "fid" else "spatial", comparison, settings)
+    if metric == "kid" and protocol.name == "adm":
+        size = kernel.subset(comparison.samples.rows["pool"], comparison.reference.summary.rows["pool"])
+        return f"torch-fidelity's definition, ADM has none; subsets of {size} images"
+    if metric != "is":
         return ""
     told, sizes = [], [len(block) for block in protocol.blocks(comparison.samples.n)]
-    if images.class_run:
+    if images.class_run and protocol.name == "adm":
         told.append(f"{SORTED}: {images.class_run:.0f} of one class follow each other; too low, shuffle them")
     if sizes[-1] < BLOCK:
         which = "rests on" if len(sizes) == 1 else "its last block has"
         told.append(f"{which} {sizes[-1]} images, fewer than a block of {BLOCK}")
     return "; ".join(told)
+
+
+def _few(part: str, comparison: Comparison, settings: Evaluate) -> str:
+    """Whether there are too few images, or too few different ones, for a covariance; or fewer than papers have."""
+    few = []
+    for side, summary in (("sample", comparison.samples), ("reference", comparison.reference.summary)):
+        statistics = summary.statistics[part]
+        if statistics.n is None:
+            continue
+        different = min(statistics.n, summary.different) if len(summary.rows["pool"]) == statistics.n else statistics.n
+        if different <= len(statistics.mu):
+            kind = side if different == statistics.n else f"different {side}"
+            few.append(f"{different} {kind} images for {len(statistics.mu)} feature dimensions")
+    if few:
+        return f"{TOO_FEW}: {', '.join(few)}; comes out too high"
+    if settings.features == "inception" and comparison.samples.n < PUBLISHED:
+        return f"published values rest on {PUBLISHED:,} samples; fewer come out higher"
+    return ""
 
 
 def _warn(rows: list[dict[str, object]]) -> None:
@@ -249,7 +285,8 @@ def _table(rows: list[dict[str, object]], settings: Evaluate, named: bool, sprea
     table = pd.DataFrame([[row[key] for key in columns.values()] for row in rows], columns=list(columns), dtype=object)
     table["Metric"] = table["Metric"].map(METRICS)
     table["Features"] = FEATURES[settings.features].label
-    table["Protocol"] = PROTOCOLS[settings.protocol].label
+    rounded = "" if settings.distances == "exact" else f", {settings.distances} distances"
+    table["Protocol"] = PROTOCOLS[settings.protocol].label + rounded
     table["Note"] = [row["note"] for row in rows]
     return table
 
@@ -262,10 +299,11 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
     wide = []
     for first in range(0, len(table), len(metrics)):
         part = table.iloc[first : first + len(metrics)]
-        samples, by_metric = part["Samples"].iloc[0], part.set_index("Metric")
+        row, by_metric = part.iloc[0], part.set_index("Metric")
         cells = {metric: _cell(by_metric.loc[metric]) for metric in metrics}
-        kept = {name: part[name].iloc[0] for name in ("Images", "Features", "Protocol")}
-        wide.append({"Samples": samples, **cells, **kept})
+        notes = "; ".join(f"{metric}: {note}" for metric, note in by_metric["Note"].items() if note)
+        by = f"{row['Features']}, {row['Protocol']}"
+        wide.append({"Samples": row["Samples"], **cells, "Images": row["Images"], "By": by, "Note": notes})
     return pd.DataFrame(wide, dtype=object)
 
 

@@ -52,9 +52,14 @@ def summary_of(
     folder = runs.cache_dir() / "features" / hashlib.sha256(told.encode()).hexdigest()[:16]
     with runs.turn(folder) if processes.is_main_process else contextlib.nullcontext():  # the first takes it for all
         processes.wait_for_everyone()
-        if not _done(folder).exists():
+        found = _load(folder)
+        processes.wait_for_everyone()
+        if found is not None and processes.is_main_process:
+            for left in folder.glob("shard-*"):  # of a process that was killed while it removed them
+                left.unlink()
+        if found is None:
             shards = _shards(n)
-            missing = [shard for shard in shards if not _file(folder, shard).exists()]
+            missing = [shard for shard in shards if not _whole(_file(folder, shard))]
             processes.wait_for_everyone()
             mine = missing[processes.process_index :: processes.num_processes]
             done = (n - sum(map(len, missing))) // processes.num_processes
@@ -67,7 +72,10 @@ def summary_of(
             if processes.is_main_process:
                 _put_together(folder, shards, n, len(kept))
             processes.wait_for_everyone()
-    return _load(folder)
+            found = _load(folder)
+    if found is None:
+        raise BdmError(f"{folder} was removed while it was in use.\n  do it again")
+    return found
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -169,14 +177,26 @@ def _put_together(folder: Path, shards: list[range], n: int, kept: int) -> None:
         _file(folder, shard).unlink(missing_ok=True)
 
 
-def _load(folder: Path) -> Summary:
-    tensors, header = tensorfile.read(_done(folder))
+def _whole(path: Path) -> bool:
+    try:
+        tensorfile.read(path)
+    except BdmError:
+        return False
+    return True
+
+
+def _load(folder: Path) -> Summary | None:
+    """What was put together; None if it is missing or damaged."""
+    try:
+        tensors, header = tensorfile.read(_done(folder))
+        rows = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in json.loads(header["rows"])}
+    except (BdmError, OSError, ValueError):
+        return None
     n = int(header["n"])
     found = {name for name in GAUSSIAN if f"{name}.mu" in tensors}
     statistics = {
         name: Statistics(tensors[f"{name}.mu"].numpy(), tensors[f"{name}.sigma"].numpy(), n) for name in found
     }
-    rows = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in json.loads(header["rows"])}
     return Summary(n, statistics, rows)
 
 

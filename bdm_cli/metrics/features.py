@@ -134,7 +134,7 @@ class FeatureNet(nn.Module):
             raise BdmError(
                 f"the features '{self.shape.dataset}' are for images [{size}, {size}, {channels}], "
                 f"{source} has {list(shape)} (height, width, channels).\n"
-                "  choose other features: digits, cifar10, inception (evaluate.features)"
+                "  choose other features: digits, cifar10, inception (--features, or evaluate.features)"
             )
 
     def save(self, path: Path, **measured: object) -> None:

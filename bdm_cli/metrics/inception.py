@@ -19,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, BasicConv2d, FeatureExtractorInceptionV3
 from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 
+from bdm_cli import output
 from bdm_cli.errors import BdmError
 from bdm_cli.metrics.features import Features, first_channels
 
@@ -82,9 +83,10 @@ class Weights:
             return path
         place, before = self.place(), socket.getdefaulttimeout()
         socket.setdefaulttimeout(PATIENCE_S)
+        output.say(f"downloading {self.url} to {place}, once")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(self.url, str(place), self.sha256, progress=False)
+            torch.hub.download_url_to_file(self.url, str(place), self.sha256, progress=not output.quiet())
         except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: another hash
             raise BdmError(
                 f"the weights of {self.what} are not at {place}, and cannot be downloaded ({error}).\n{self.advice()}"

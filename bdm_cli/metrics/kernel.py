@@ -14,9 +14,14 @@ def torch_fidelity(samples: np.ndarray, reference: np.ndarray) -> float:
 
     Sets of fewer than 1000 images are taken whole.
     """
-    size = min(SUBSET, len(samples), len(reference))
+    size = subset(samples, reference)
     sides = (torch.from_numpy(np.array(side)) for side in (samples, reference))
     return kid_features_to_metric(*sides, kid_subset_size=size, verbose=False)[KEY_METRIC_KID_MEAN]
+
+
+def subset(samples: np.ndarray, reference: np.ndarray) -> int:
+    """How many images a subset has."""
+    return min(SUBSET, len(samples), len(reference))
 
 
 def clean_fid(samples: np.ndarray, reference: np.ndarray) -> float:

@@ -91,7 +91,7 @@ def protocol(name: str, metrics: tuple[str, ...], features: str) -> Protocol:
     if found.inception_only and features != "inception":
         raise BdmError(
             f"the protocol '{name}' is defined on Inception's features, not on '{features}'.\n"
-            '  set evaluate.features = "inception", or evaluate.protocol = "adm", which takes any'
+            "  give --features inception, or --protocol adm, which takes any (evaluate.features, evaluate.protocol)"
         )
     return found
 

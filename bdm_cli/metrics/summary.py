@@ -1,11 +1,10 @@
 """What the metrics need of a set of images: Gaussian statistics, and the features themselves."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-
-from bdm_cli.errors import BdmError
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,17 +33,19 @@ class Summary:
     statistics: Mapping[str, Statistics]
     rows: Mapping[str, np.ndarray]
 
+    @functools.cached_property
+    def different(self) -> int:
+        """How many of the images differ in their pooled features."""
+        return len({row.tobytes() for row in self.rows["pool"]})
+
     def choice(self, n: int) -> "Summary":
         """With the rows of n images only, chosen by a fixed seed and kept in file order; 0 = all.
 
-        Raises: BdmError if there are fewer.
+        Raises: ValueError if there are fewer.
         """
         held = len(self.rows["pool"])
         if n > held:
-            raise BdmError(
-                f"{n} reference images are asked for, and there are {held}.\n"
-                "  set evaluate.n_reference to at most that number, or to 0 for all"
-            )
+            raise ValueError(f"there are rows of {held} images, not {n}")
         if n in (0, held):
             return self
         return replace(self, rows={name: rows[chosen(held, n)] for name, rows in self.rows.items()})

@@ -119,7 +119,9 @@ def test_of_several_lmdbs_the_training_set_is_read(church: Path):
     write_lmdb(church.parent / "church_outdoor_val_lmdb", {b"a": b""})
     assert len(training_images(small(church.parent))) == 6
     church.rename(church.parent / "other_lmdb")
-    with pytest.raises(BdmError, match=r"several lmdbs: church_outdoor_val_lmdb, other_lmdb(.|\n)*--set data\.path="):
+    with pytest.raises(
+        BdmError, match=r"several lmdbs: church_outdoor_val_lmdb, other_lmdb(.|\n)*say which \(data\.path\): "
+    ):
         training_images(small(church.parent))
 
 

@@ -21,8 +21,10 @@ from PIL import Image
 from bdm_cli import inputs, recipe, records, runs, tensorfile
 from bdm_cli.diffusion.data import reference_images
 from bdm_cli.errors import BdmError
+from bdm_cli.images import sets
 from bdm_cli.images.prepare import prepared
 from bdm_cli.jobs import evaluate
+from bdm_cli.metrics import protocols
 from bdm_cli.metrics.extraction import SHARD
 from bdm_cli.metrics.inception import CLEAN, INCEPTION, VGG
 from bdm_cli.recipe import Recipe
@@ -65,7 +67,7 @@ def scored(
 ) -> pd.DataFrame:
     """By the recipe `digits`, unless told otherwise."""
     against = None if reference is None else str(reference)
-    asked = inputs.evaluation([str(each) for each in samples], against, name, None, 0, overrides)
+    asked = inputs.evaluation([str(each) for each in samples], against, name, None, None, overrides)
     return evaluate.run(asked, weights, batch, resamples)
 
 
@@ -279,9 +281,9 @@ def test_a_run_by_its_own_recipe_leaves_records(home: Path, digits: np.ndarray):
 def test_a_run_is_named_in_four_ways_and_each_is_recorded(home: Path, digits: np.ndarray):
     run_id, spec = finished(noisy(digits[:80]), "digits-w1a4")
     asked = [
-        inputs.evaluation([run_id], None, None, None, 0, ()),
-        inputs.evaluation([str(runs.run_dir(run_id))], None, None, None, 0, ()),
-        inputs.evaluation([], None, "digits-w1a4", None, 0, ()),
+        inputs.evaluation([run_id], None, None, None, None, ()),
+        inputs.evaluation([str(runs.run_dir(run_id))], None, None, None, None, ()),
+        inputs.evaluation([], None, "digits-w1a4", None, None, ()),
         inputs.of_run(spec, run_id),
     ]
     tables = [evaluate.run(each) for each in asked]
@@ -451,9 +453,12 @@ def test_side_by_side(home: Path, digits: np.ndarray):
     paths = [save(home / f"{n}.npz", noisy(digits[:n])) for n in (60, 200)]
     table = scored(*paths, overrides=["evaluate.metrics=['fid', 'precision', 'kid']"], resamples=10)
     wide = evaluate.side_by_side(table)
-    assert list(wide) == ["Samples", "FID", "Prec.", "KID", "Images", "Features", "Protocol"]
+    assert list(wide) == ["Samples", "FID", "Prec.", "KID", "Images", "By", "Note"]
     assert wide["Samples"].tolist() == [str(path) for path in paths]
     assert wide["Images"].tolist() == [60, 200]
+    assert wide["By"].tolist() == ["bdm's digits network, ADM"] * 2
+    assert [note.partition(":")[0] for note in wide["Note"]] == ["FID", "KID"]
+    assert "subsets of 200 images" in wide["Note"][1]
     for path, (_, cells) in zip(paths, wide.iterrows(), strict=True):
         for _, row in table[table["Samples"] == str(path)].iterrows():
             value, *more = cells[row["Metric"]].split(" ", 1)
@@ -541,7 +546,7 @@ def test_stored_statistics_of_other_features(home: Path, digits: np.ndarray):
 def test_no_reference(home: Path, digits: np.ndarray):
     path = save(home / "a.npz", digits[:50])
     message = refused(path, name=None, overrides=DIGITS)
-    assert "fid, sfid, precision, recall compare with something: there is no reference.\n" in message
+    assert "there is no reference to compare with, for fid, sfid, precision, recall.\n" in message
     assert "give --reference" in message
     assert "or --metrics is" in message
 
@@ -559,7 +564,7 @@ def test_damaged_samples(home: Path, digits: np.ndarray):
     (home / "a.npz").write_bytes(whole[:5000] + b"\xff\x00" * 8 + whole[5016:])
     with pytest.raises(BdmError, match=r"cannot read .*a\.npz as an npz file"):
         scored(home / "a.npz")
-    assert len(list(features_dir().glob("*/*.npy"))) == 3  # the reference's; nothing of the damaged file
+    assert not list(features_dir().glob("*/*.npy"))
 
 
 @pytest.mark.parametrize(
@@ -783,3 +788,49 @@ def test_two_processes_compare(home: Path, digits: np.ndarray):
     given = ("--compare", "--resamples", "10", "--recipe", "digits", *paths)
     out, _ = finish(start(*given, launcher=TWO))
     assert out.count("Samples") == 1
+
+
+# what is noted
+
+
+def test_the_statistics_of_a_file_serve_adm_alone(home: Path, digits: np.ndarray):
+    stored = {"mu": np.zeros(5), "sigma": np.eye(5), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    images = sets.load(save(home / "a.npz", digits[:50], **stored))
+    assert evaluate._without_stored(images, protocols.ADM) is images
+    for protocol in (protocols.CLEAN, protocols.TORCH_FIDELITY):
+        found = evaluate._without_stored(images, protocol)
+        assert found.stored == {}
+        assert f"its mu and sigma are ADM's; '{protocol.name}' takes its 50 images" in found.notes[-1]
+
+
+def test_a_recipe_in_the_place_of_its_run_is_noted(home: Path, capsys: pytest.CaptureFixture[str]):
+    table = scored("digits-w1a4", reference="digits", overrides=["evaluate.metrics=['fid']"])
+    assert table["Value"][0] == pytest.approx(0, abs=1e-6)
+    told = capsys.readouterr().err
+    assert "note: digits-w1a4 is a recipe: its training images are scored; a run of it is digits-w1a4-s0\n" in told
+    assert "note: samples and reference are the same images\n" in told
+
+
+def test_copies_do_not_count_as_images(home: Path, digits: np.ndarray):
+    path = save(home / "a.npz", np.repeat(noisy(digits[:50]), 4, axis=0))
+    table = scored(path, overrides=["evaluate.metrics=['fid', 'kid']"])
+    assert (
+        table["Note"][0] == "TOO FEW IMAGES: 50 different sample images for 64 feature dimensions; comes out too high"
+    )
+    assert table["Note"][1] == "torch-fidelity's definition, ADM has none; subsets of 200 images"
+
+
+def test_images_that_lie_sorted_by_class_are_told(home: Path, digits: np.ndarray):
+    labels = np.repeat(np.arange(10), 20)
+    mixed = np.random.default_rng(0).permutation(labels)
+    for order, told in ((labels, True), (mixed, False)):
+        path = save(home / f"{told}.npz", noisy(digits[:200]), arr_1=order)
+        table = scored(path, overrides=["evaluate.metrics=['is']"])
+        assert ("SORTED BY CLASS: 20 of one class follow each other" in table["Note"][0]) == told
+
+
+def test_rounded_distances_are_told(home: Path, digits: np.ndarray):
+    path = save(home / "a.npz", noisy(digits[:100]))
+    chosen = ["evaluate.metrics=['precision']", "evaluate.distances=float16"]
+    assert scored(path, overrides=chosen)["Protocol"][0] == "ADM, float16 distances"
+    assert scored(path, overrides=chosen[:1])["Protocol"][0] == "ADM"

@@ -436,7 +436,7 @@ def test_asking_for_more_reference_images_than_there_are():
     assert given.choice(20) is given
     assert len(given.choice(19).rows["spatial"]) == 19
     assert given.choice(19).statistics["pool"].n == 20
-    with pytest.raises(BdmError, match="50 reference images are asked for, and there are 20"):
+    with pytest.raises(ValueError, match="there are rows of 20 images, not 50"):
         given.choice(50)
 
 
@@ -456,3 +456,47 @@ def test_stored_statistics_take_the_place_of_the_images_own_for_fid_and_sfid_alo
     assert few.with_stored({}) is few
     with pytest.raises(ValueError, match=r"stored means \(3,\), of pool features \(16,\)"):
         few.with_stored(stored | {"mu": np.zeros(3), "sigma": np.zeros((3, 3))})
+
+
+# ---- a damaged cache
+
+
+def kept_files(home: Path) -> Path:
+    (folder,) = (home / "runs" / "cache" / "features").iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["pool.npy", "summary.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "removed"])
+def test_a_damaged_cache_is_made_again(home, name, damage):
+    whole = summary_of(tiny(), image_set(IMAGES), Process())
+    path = kept_files(home) / name
+    if damage == "cut":
+        content = path.read_bytes()
+        del whole  # which maps the file
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.unlink()
+    again = image_set(IMAGES)
+    found = summary_of(tiny(), again, Process())
+    assert len(again.pixels.read) == len(IMAGES)
+    assert np.allclose(found.statistics["pool"].sigma, np.cov(found.rows["pool"].astype(np.float64).T))
+
+
+def test_a_damaged_shard_is_made_again(home):
+    with pytest.raises(KeyboardInterrupt):
+        summary_of(tiny(), image_set(IMAGES, fails_at=200), Process())
+    shards = sorted(kept_files(home).glob("shard-*"))
+    assert len(shards) == 3
+    shards[1].write_bytes(shards[1].read_bytes()[:-10])
+    again = image_set(IMAGES)
+    summary_of(tiny(), again, Process())
+    assert sorted(again.pixels.read) == [*range(64, 128), *range(192, 300)]
+
+
+def test_shards_that_a_kill_left_beside_the_whole_are_removed(home):
+    summary_of(tiny(), image_set(IMAGES), Process())
+    left = kept_files(home) / "shard-00000000-00000064.safetensors"
+    left.write_bytes(b"")
+    summary_of(tiny(), image_set(IMAGES), Process())
+    assert not left.exists()

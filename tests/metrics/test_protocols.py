@@ -17,6 +17,7 @@ from bdm_cli.metrics import METRICS, PROTOCOLS, inception_score, kernel, precisi
 from bdm_cli.metrics.comparison import Comparison, Reference
 from bdm_cli.metrics.frechet import FrechetTo
 from bdm_cli.metrics.protocols import ADM, CLEAN, TORCH_FIDELITY, protocol
+from bdm_cli.recipe import ASKED_FOR, Evaluate
 
 
 def features(n: int, d: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -210,3 +211,10 @@ def test_numpys_global_random_state_is_left_alone(suite):
     assert before[2:] == after[2:]
     np.random.seed(6)
     assert suite(features(50, 3, 1), features(40, 3, 2)) == one
+
+
+def test_every_protocol_has_what_it_is_asked_for_by_default():
+    assert ASKED_FOR.keys() == PROTOCOLS.keys()
+    for name, metrics in ASKED_FOR.items():
+        assert set(metrics) <= set(protocol(name, metrics, "inception").functions)
+    assert ASKED_FOR["adm"] == Evaluate.model_fields["metrics"].default
