@@ -90,12 +90,11 @@ def evaluate(
             _draw(folder / name, images, size, number)
         for number, (name, n) in enumerate((("samples", samples), ("reference", reference))):
             _draw_features(folder / f"{name}.npy", n, number)
-        rows = [_measured(task, rounds, folder, weights) for task in tasks]
-    for row in rows:
-        runs.append_line(
-            runs.bench_dir() / "evaluate.jsonl",
-            row | {"weights": "Inception-v3" if given else "random"} | records.provenance() | {"time": records.now()},
-        )
+        rows = []
+        for task in tasks:
+            rows.append(_measured(task, rounds, folder, weights) | {"weights": "Inception-v3" if given else "random"})
+            line = rows[-1] | records.provenance() | {"time": records.now()}
+            runs.append_line(runs.bench_dir() / "evaluate.jsonl", line)
     columns = {
         "Task": "task",
         "Images": "images",
