@@ -245,7 +245,7 @@ class Evaluate(Section):
 
     features: Literal["digits", "cifar10", "inception"]
     protocol: Literal["adm", "clean", "torch-fidelity"] = "adm"
-    metrics: tuple[str, ...] = ("fid", "sfid", "is", "precision", "recall")
+    metrics: tuple[str, ...] = ASKED_FOR["adm"]
     distances: Literal["exact", "float16"] = "exact"
     reference: str = ""
     prepare: Preparation = "none"

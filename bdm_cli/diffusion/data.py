@@ -24,8 +24,6 @@ CIFAR_FORMS = (
 )
 IN_MEMORY = 2**29
 """Bytes up to which prepared images are held in memory, and cached on disk, rather than decoded at every use."""
-NAMED = 10
-"""How many corrupt images are named."""
 TEN = tuple("0123456789")
 """Names of the classes of digits, and of CIFAR-10's python version."""
 
@@ -182,10 +180,10 @@ def _images(recipe: Recipe, how: Preparation, crop: str) -> Images:
     data = recipe.data
     reader = find(data)
     corrupt = readers.survey(reader).corrupt if data.corrupt == "skip" else {}
-    for number in list(corrupt)[:NAMED]:
+    for number in list(corrupt)[: readers.NAMED]:
         output.say(f"left out, cannot be decoded: {reader.path / reader.name(number)} ({corrupt[number]})")
     if corrupt:
-        more = f"; {len(corrupt) - NAMED} more are not named" if len(corrupt) > NAMED else ""
+        more = f"; {len(corrupt) - readers.NAMED} more are not named" if len(corrupt) > readers.NAMED else ""
         output.say(f"{len(corrupt)} of {len(reader)} images of {reader.path} are left out{more}")
     return Images(reader, how, data.image_size, data.channels, recipe=recipe.name, crop=crop, corrupt=corrupt)
 

@@ -30,6 +30,8 @@ ALLOWED = (
     "LSUN lmdb (the folder with data.mdb)"
 )
 WORKERS = min(16, os.cpu_count() or 1)
+NAMED = 10
+"""How many faulty images a message names."""
 BLOCK = 1024
 """How many images are handed to the threads at a time."""
 T = TypeVar("T")

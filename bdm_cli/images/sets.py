@@ -14,7 +14,7 @@ import numpy as np
 from bdm_cli.errors import BdmError
 from bdm_cli.images import files, readers
 from bdm_cli.images.prepare import in_colour
-from bdm_cli.images.readers import cached, stamp
+from bdm_cli.images.readers import NAMED, cached, stamp
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 ALLOWED = (
@@ -25,8 +25,6 @@ GREY = ("1", "L", "LA", "I", "F")
 LOSSY = (".jpg", ".jpeg")
 BLOCK = 2**24
 """Bytes read at a time."""
-NAMED = 10
-"""How many faulty images are named."""
 
 
 class Pixels(Protocol):
@@ -100,7 +98,7 @@ class NpzImages:
             raise ValueError(f"images are taken in order, not by {which!r}")
         if self._mapped is not None:
             return np.array(self._mapped[start:stop])
-        size = int(np.prod(self.shape[1:]))
+        size = math.prod(self.shape[1:])
         try:
             if self._stream is None or start < self._position:
                 self._stream = zipfile.ZipFile(self.path).open("arr_0.npy")  # noqa: SIM115  read on
@@ -133,7 +131,7 @@ class NpzImages:
     def _not_bytes(self, stream: IO[bytes], dtype: np.dtype) -> BdmError:
         found = ""
         if dtype.kind == "f" and len(self.shape) == 4:
-            some = min(self.shape[0], 64) * int(np.prod(self.shape[1:]))
+            some = min(self.shape[0], 64) * math.prod(self.shape[1:])
             values = np.frombuffer(stream.read(some * dtype.itemsize), dtype)
             nan = int(np.isnan(values).sum())
             found = (

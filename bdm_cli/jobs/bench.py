@@ -29,7 +29,6 @@ from bdm_cli.metrics.inception import INCEPTION, InceptionFeatures, write_random
 from bdm_cli.metrics.summary import Summary
 from bdm_cli.places import home_at
 
-MIB = 2**20
 LOOK_S = 0.05
 """Seconds between two looks at a process's memory."""
 DIMENSIONS = 2048

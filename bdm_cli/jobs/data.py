@@ -137,7 +137,7 @@ def _sizes(seen: readers.Survey, wanted: int) -> list[tuple[str, str]]:
 
 
 def _corrupt(reader: readers.Reader, seen: readers.Survey) -> list[tuple[str, str]]:
-    named = [f"{reader.name(number)} ({why})" for number, why in list(seen.corrupt.items())[: data.NAMED]]
+    named = [f"{reader.name(number)} ({why})" for number, why in list(seen.corrupt.items())[: readers.NAMED]]
     more = len(seen.corrupt) - len(named)
     return [
         ("Corrupt", f"{len(seen.corrupt):,}"),

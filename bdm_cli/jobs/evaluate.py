@@ -28,6 +28,8 @@ from bdm_cli.recipe import Evaluate
 TOO_FEW, SORTED = "TOO FEW IMAGES", "SORTED BY CLASS"
 LOUD = (TOO_FEW, SORTED)
 PUBLISHED = 50_000
+PART = {"fid": "pool", "sfid": "spatial"}
+"""The features whose statistics a metric compares."""
 
 
 def run(asked: Evaluation, weights: Path | None = None, batch: int = BATCH, resamples: int = 0) -> pd.DataFrame:
@@ -51,11 +53,8 @@ def run(asked: Evaluation, weights: Path | None = None, batch: int = BATCH, resa
         reference = _without_stored(_reference(asked.reference, settings, loaded[0]), protocol)
     _check(network, protocol, settings, loaded, reference)
     network.to(processes.device)
-    if reference is not None and any(reference.pixels.content() == images.pixels.content() for images in loaded):
-        output.say("note: samples and reference are the same images")
-    for note in [note for images in (*loaded, reference) if images for note in images.notes]:
-        if processes.is_main_process:
-            output.say(f"note: {note}")
+    if processes.is_main_process:
+        _say_notes(network, loaded, reference)
 
     def summary(images: ImageSet, keep: int = 0) -> Summary:
         what = f"{settings.features} features of {images.source}"
@@ -115,6 +114,19 @@ def _reference(source: Source, settings: Evaluate, samples: ImageSet) -> ImageSe
     return ImageSet(f"{source.path} ({settings.prepare})", images, notes=sets.notes(reader, seen))
 
 
+def _say_notes(network: Network, loaded: list[ImageSet], reference: ImageSet | None) -> None:
+    """What was done to the images, and what makes them doubtful."""
+    told = []
+    for each in [*loaded, *([reference] if reference else [])]:
+        told += each.notes
+        if each.pixels.shape[3] < network.channels:
+            told.append(f"{each.source}: grey images are repeated to {network.channels} channels")
+    if reference is not None and any(reference.pixels.content() == images.pixels.content() for images in loaded):
+        told.append("samples and reference are the same images")
+    for note in told:
+        output.say(f"note: {note}")
+
+
 def _check(
     network: Network, protocol: Protocol, settings: Evaluate, loaded: list[ImageSet], reference: ImageSet | None
 ) -> None:
@@ -126,8 +138,6 @@ def _check(
                 f"{each.source} has {len(each.pixels)} images, at least {NEIGHBOUR + 1} are needed.\n  give more images"
             )
         network.require(shape[1:], each.source)
-        if shape[3] < network.channels and student.processes().is_main_process:
-            output.say(f"note: {each.source}: grey images are repeated to {network.channels} channels")
         if each.stored:
             _check_stored(network, each)
         other = loaded[0] if each is reference or reference is None else reference
@@ -193,7 +203,7 @@ def _scores(
         for name, value in values.items()
     ]
     if resamples:
-        total = resamples * len({"fid", "sfid"} & set(values))
+        total = resamples * len(PART.keys() & values)
         with output.progress(f"resampling {source.text}", total, "resamples") as advance:
             found = bootstrap.intervals(comparison, protocol, values, resamples, advance=advance)
         for row in rows:
@@ -203,17 +213,16 @@ def _scores(
 
 def _n_reference(metric: str, comparison: Comparison) -> int | None:
     """How many reference images a metric rests on; None if unknown (stored statistics) or none."""
-    part = {"fid": "pool", "sfid": "spatial"}.get(metric)
     if metric == "is":
         return None
     reference = comparison.reference.summary
-    return reference.statistics[part].n if part else len(reference.rows["pool"])
+    return reference.statistics[PART[metric]].n if metric in PART else len(reference.rows["pool"])
 
 
 def _note(metric: str, images: ImageSet, comparison: Comparison, protocol: Protocol, settings: Evaluate) -> str:
     """What makes the number one to be careful with, if anything."""
-    if metric in ("fid", "sfid"):
-        return _few("pool" if metric == "fid" else "spatial", comparison, settings)
+    if metric in PART:
+        return _few(PART[metric], comparison, settings)
     if metric == "kid" and protocol.name == "adm":
         size = kernel.subset(comparison.samples.rows["pool"], comparison.reference.summary.rows["pool"])
         return f"torch-fidelity's definition, ADM has none; subsets of {size} images"

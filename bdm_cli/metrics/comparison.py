@@ -31,7 +31,6 @@ class Reference:
     @functools.cached_property
     def radii(self) -> np.ndarray:
         """Of the balls around its images, on pooled features."""
-        precision_recall.require_enough(self.summary.rows["pool"])
         return precision_recall.radii(self.summary.rows["pool"], self.device)
 
 

@@ -57,7 +57,6 @@ def exact(
     Memory: blocks, beside the features. Raises: BdmError for fewer than four images on a side; ValueError for features
     whose squares are beyond float32.
     """
-    require_enough(samples, reference)
     of_reference = radii(reference, device) if of_reference is None else of_reference
     return _covered(samples, reference, radii(samples, device), of_reference, device)
 
@@ -80,7 +79,11 @@ def torch_fidelity(samples: np.ndarray, reference: np.ndarray) -> tuple[float, f
 
 
 def radii(features: np.ndarray, device: torch.device) -> np.ndarray:
-    """Squared distance of each image to its 3rd nearest neighbour in the set [N], float64, direct."""
+    """Squared distance of each image to its 3rd nearest neighbour in the set [N], float64, direct.
+
+    Raises: BdmError for fewer than four images; ValueError for features whose squares are beyond float32.
+    """
+    require_enough(features)
     n, result = len(features), np.empty(len(features))
     todo = np.arange(n)
     for dtype in (torch.float32, torch.float64):  # in float64, what is too close together for float32

@@ -45,12 +45,17 @@ def kid(c: Comparison) -> float:
     return kernel.torch_fidelity(c.samples.rows["pool"], c.reference.summary.rows["pool"])
 
 
+def inception(blocks: Callable[[int], list[np.ndarray]]) -> Metric:
+    """The Inception Score over these blocks of images."""
+    return lambda c: inception_score.score(c.samples.rows["logits"], blocks(c.samples.n))
+
+
 ADM = Protocol(
     "adm",
     {
         "fid": fid,
         "sfid": sfid,
-        "is": lambda c: inception_score.score(c.samples.rows["logits"], inception_score.in_file_order(c.samples.n)),
+        "is": inception(inception_score.in_file_order),
         "precision": lambda c: c.coverage.precision,
         "recall": lambda c: c.coverage.recall,
         "kid": kid,
@@ -67,7 +72,7 @@ TORCH_FIDELITY = Protocol(
     "torch-fidelity",
     {
         "fid": fid,
-        "is": lambda c: inception_score.score(c.samples.rows["logits"], inception_score.in_shuffled_parts(c.samples.n)),
+        "is": inception(inception_score.in_shuffled_parts),
         "precision": lambda c: c.vgg_coverage[0],
         "recall": lambda c: c.vgg_coverage[1],
         "kid": kid,
