@@ -319,17 +319,46 @@ def ablate(
 
 @app.command()
 def efficiency(
-    bits: Annotated[str, typer.Option("--bits", "-b", help="Weight bits / activation bits.")] = "1/4",
-    model: Annotated[str | None, typer.Option("--model", help="Network name; default: every network.")] = None,
+    bits: Annotated[str | None, typer.Option("--bits", "-b", help="Weight / activation bits; default: all.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Network name, a miniature's too; default: all of the paper.")
+    ] = None,
+    edges: Annotated[str | None, typer.Option("--edges", help="Bits next to input and output: 8, 32 or both.")] = None,
+    structure: Annotated[
+        str | None, typer.Option("--structure", help="plain, high-order, lmb, bidm, bidm-paper; default: as printed.")
+    ] = None,
+    scales: Annotated[
+        str, typer.Option("--scales", help="Scales that count: none, paper (as printed sizes), all.")
+    ] = "paper",
+    attention: Annotated[
+        bool, typer.Option("--attention/--no-attention", help="Count the attentions' products (the papers do not).")
+    ] = False,
+    by_layer: Annotated[bool, typer.Option("--by-layer", help="One row per layer of one network.")] = False,
+    by_block: Annotated[bool, typer.Option("--by-block", help="One row per timestep block of one network.")] = False,
     form: Form = Format.table,
 ) -> None:
-    """Model size and operations (Eqs. 16-17), counted on the real network definition.
+    """Model size and operations (Eqs. 16-17), counted on the real network definition, beside the papers' numbers.
 
-    Example: `bdm efficiency --bits 1/4 --model ldm4-bedrooms`
+    %: difference from the paper's number beside it. x: saving against full precision (in brackets the paper's). json
+    and csv hold more columns than the table.
+
+    Example: `bdm efficiency --bits 1/4 --model ldm4-bedrooms`, or
+    `bdm efficiency --bits 1/1 --model ldm4-bedrooms --structure bidm --by-block`
     """
+    if by_layer and by_block:
+        raise BdmError("--by-layer and --by-block are two tables.\n  give one of them")
     from bdm_cli.jobs import efficiency
 
-    show(efficiency.run(bits, model), form, f"Efficiency at W/A = {bits}")
+    options = (bits, model, edges, structure, scales, attention)
+    if by_layer or by_block:
+        by = "layer" if by_layer else "block"
+        show(efficiency.narrow(efficiency.parts(by, *options), form), form, f"{model} at W/A = {bits}, by {by}")
+        return
+    table, notes = efficiency.run(*options)
+    for title, sheet in efficiency.sheets(table, form):
+        show(sheet, form, title)
+    for note in notes:
+        say(note)
 
 
 @bench.command("evaluate")
@@ -353,7 +382,7 @@ def bench_evaluate(
 
 @app.command()
 def report(
-    table: Annotated[str | None, typer.Option("--table", "-t", help="Print this table: 1..16, P1, P2.")] = None,
+    table: Annotated[str | None, typer.Option("--table", "-t", help="Print this table: 1..16, P1, P2, B4.")] = None,
     form: Form = Format.table,
 ) -> None:
     """Lay our records beside the paper's tables: results/tables/ and results/report.html.

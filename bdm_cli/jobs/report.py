@@ -24,7 +24,9 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from bdm_cli import output, recipe, records, runs
+from bdm_cli.diffusion.models import build_unet
 from bdm_cli.errors import unknown
+from bdm_cli.metrics import cost
 from bdm_cli.paper import tables
 from bdm_cli.records import Record
 
@@ -57,7 +59,7 @@ def run(table: str | None = None) -> pd.DataFrame:
     if table is not None and table not in (*specs, OTHER):
         raise unknown("table", table, (*specs, OTHER))
     measured = records.read()
-    long = tables.long(measured)
+    long = tables.long(measured, counts())
     frames = {id: tables.layout(spec, long) for id, spec in specs.items()}
     other = tables.other(measured)
     for id, spec in specs.items():
@@ -72,6 +74,13 @@ def run(table: str | None = None) -> pd.DataFrame:
     if table is not None:
         return other if table == OTHER else frames[table]
     return _overview(specs, long)
+
+
+def counts() -> dict[tuple[str, str], float]:
+    """Sizes and operations of the recipes that the tables name: (recipe, metric) -> value, for tables.long."""
+    cells = tables.cells()
+    asked = set(cells[cells["metric"].isin(tables.COUNTED)]["recipe"]) - {""}
+    return {(name, metric): value for name in asked for metric, value in cost.of_recipe(name, build_unet).items()}
 
 
 def _write(id: str, markdown: str, lines: pd.DataFrame) -> None:
@@ -92,12 +101,13 @@ def _markdown(spec: tables.TableSpec, frame: pd.DataFrame) -> str:
 
 
 def _overview(specs: dict[str, tables.TableSpec], long: pd.DataFrame) -> pd.DataFrame:
-    """Per table: how many of its numbers the paper gives, and how many have a measurement at each scale."""
+    """Per table: how many of its numbers the paper gives, and how many we measured at each scale or counted."""
     lines = []
     for id, spec in specs.items():
         part = long[long["table"] == id]
         ours, digits = int((part["ours_n"] > 0).sum()), int((part["twin_n"] > 0).sum())
-        lines.append({"table": id, "title": spec.title, "paper": len(part), "ours": ours, "digits": digits})
+        found = {"paper": len(part), "ours": ours, "digits": digits, "counted": int(part["counted"].sum())}
+        lines.append({"table": id, "title": spec.title, **found})
     return pd.DataFrame(lines)
 
 
@@ -482,7 +492,7 @@ def _html(
     run_ids = sorted(path.parent.name for path in runs.runs_dir().glob("*/recipe.json"))
     colours = _colours()
     overview = _overview(specs, long)
-    filled = set(overview["table"][(overview["ours"] > 0) | (overview["digits"] > 0)])
+    filled = set(overview["table"][overview[["ours", "digits", "counted"]].sum(axis=1) > 0])
     page = (resources.files("bdm_cli") / "jobs" / "report.html.jinja").read_text(encoding="utf-8")
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(**options)
@@ -497,6 +507,7 @@ def _html(
             "numbers in the paper's tables": len(long),
             "measured at its scale": int(overview["ours"].sum()),
             "measured on the digits": int(overview["digits"].sum()),
+            "counted on the network": int(overview["counted"].sum()),
         },
         newest=max((record.time for record in measured), default=""),
         verdicts=verdicts(long),

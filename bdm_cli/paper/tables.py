@@ -2,6 +2,7 @@
 
 A cell names two recipes: `recipe`, the paper's own setting, and `twin`, the same method on the digits miniature.
 Records of the first fill the "ours" columns, records of the second the "digits" columns, and never the other way.
+Sizes and operations are counted on the network rather than measured: without a record, "ours" is what was counted.
 """
 
 import itertools
@@ -9,7 +10,7 @@ import math
 import statistics
 import tomllib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import NamedTuple
@@ -24,14 +25,19 @@ from bdm_cli.records import Record, newest
 PAPER_IMAGES = 50_000
 """Generated images behind each FID, sFID, IS, precision and recall of the paper."""
 
-UNTRAINED = ("size_mb", "ops_g", "runtime_us")
+COUNTED = ("size_mb", "bops_g", "flops_g", "ops_g", "size_saving", "ops_saving")
+"""Metrics that follow from the network and its bits alone (metrics/cost.py)."""
+
+UNTRAINED = (*COUNTED, "runtime_us")
 """Metrics of the network's layers, which rest on neither images nor training."""
 
 DAGGER = "†"
+DOUBLE_DAGGER = "‡"
 
 OURS_LEGEND = (
     '"ours": measured at the paper\'s scale, as mean ± sample standard deviation (number of seeds). '
-    f"{DAGGER}: rests on fewer than {PAPER_IMAGES:,} images or on fewer training steps than the recipe says."
+    f"{DAGGER}: rests on fewer than {PAPER_IMAGES:,} images or on fewer training steps than the recipe says. "
+    f"{DOUBLE_DAGGER}: not measured but counted on the network, with the recipe's edge bits (`bdm efficiency`)."
 )
 DIGITS_LEGEND = (
     '"digits": the miniature, measured on handwritten digits with small U-Nets and their own small feature network. '
@@ -48,7 +54,10 @@ class Column:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A table of the paper without its numbers. notes: what is known to be wrong or inconsistent in it."""
+    """A table of the paper without its numbers.
+
+    notes: what is known to be wrong or inconsistent in it; accounting: those of them on sizes and operations.
+    """
 
     id: str
     title: str
@@ -56,6 +65,7 @@ class TableSpec:
     labels: tuple[str, ...]
     columns: tuple[Column, ...]
     notes: tuple[str, ...]
+    accounting: tuple[str, ...]
 
 
 def cells() -> pd.DataFrame:
@@ -70,16 +80,18 @@ def specs() -> dict[str, TableSpec]:
     found = {}
     for entry in tomllib.loads(text)["table"]:
         columns = tuple(Column(**column) for column in entry["columns"])
-        fields = {**entry, "columns": columns, "labels": tuple(entry["labels"]), "notes": tuple(entry["notes"])}
-        found[entry["id"]] = TableSpec(**fields)
+        accounting = tuple(entry.get("accounting", ()))
+        notes = {"notes": (*entry["notes"], *accounting), "accounting": accounting}
+        found[entry["id"]] = TableSpec(**{**entry, "columns": columns, "labels": tuple(entry["labels"]), **notes})
     return found
 
 
-def long(records: Sequence[Record]) -> pd.DataFrame:
+def long(records: Sequence[Record], counts: Mapping[tuple[str, str], float] | None = None) -> pd.DataFrame:
     """One line per number of the paper, with what we measured for it.
 
-    Columns: table, row, column, metric, recipe, paper, ours_mean, ours_std, ours_n, marked, twin, twin_mean, twin_std,
-    twin_n. n counts seeds; without a measurement it is 0 and the mean NaN; std is NaN below two seeds.
+    Columns: table, row, column, metric, recipe, paper, ours_mean, ours_std, ours_n, marked, counted, twin, twin_mean,
+    twin_std, twin_n. n counts seeds; without a measurement it is 0 and the mean NaN; std is NaN below two seeds.
+    counts: (recipe, metric) -> value counted on the network; where nothing was measured it is the mean, of 0 seeds.
     """
     measured = counting(records)
     short = marked(records)
@@ -87,6 +99,7 @@ def long(records: Sequence[Record]) -> pd.DataFrame:
     for cell in cells().itertuples(index=False):
         ours = measured.get((cell.recipe, cell.metric), [])
         twin = measured.get((cell.twin, cell.metric), [])
+        counted = None if ours else (counts or {}).get((cell.recipe, cell.metric))
         lines.append(
             {
                 "table": cell.table,
@@ -96,7 +109,9 @@ def long(records: Sequence[Record]) -> pd.DataFrame:
                 "recipe": cell.recipe,
                 "paper": float(cell.value),
                 **_spread("ours", ours),
+                **({} if counted is None else {"ours_mean": counted}),
                 "marked": (cell.recipe, cell.metric) in short,
+                "counted": counted is not None,
                 "twin": cell.twin,
                 **_spread("twin", twin),
             }
@@ -240,6 +255,8 @@ def _texts(line: tuple | None) -> tuple[str | None, str | None, str | None]:
     if line is None:
         return None, None, None
     decimals = len(line.printed.partition(".")[2])
+    if line.counted:
+        return line.printed, f"{line.ours_mean:.{decimals}f}{DOUBLE_DAGGER}", None
     ours = _written(line.ours_mean, line.ours_std, line.ours_n, decimals)
     twin = _written(line.twin_mean, line.twin_std, line.twin_n, decimals)
     return line.printed, ours + DAGGER * line.marked or None, twin or None

@@ -91,7 +91,7 @@ def test_every_table_as_markdown_and_csv(filled):
     folder = filled / "results" / "tables"
     ids = {*tables.specs(), "other"}
     assert {path.name for path in folder.iterdir()} == {f"table-{id}.{form}" for id in ids for form in ("md", "csv")}
-    assert len(ids) == 19
+    assert len(ids) == 20
     for id, spec in tables.specs().items():
         text = (folder / f"table-{id}.md").read_text(encoding="utf-8")
         assert text.startswith(f"# Table {id}. {spec.title}\n")
@@ -115,6 +115,29 @@ def test_returns_what_is_asked_for(home):
     overview = report.run().set_index("table")
     assert list(overview.index) == list(tables.specs())
     assert list(overview.loc["7"][["paper", "ours", "digits"]]) == [16, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "texts"),
+    [
+        ("5", "Size (MB)", ["1045.4‡", "132.0‡", "132.0‡", "66.9‡", "34.4‡"]),
+        ("5", "OPs (1e9)", ["96.0‡", "24.0‡", "24.0‡", "12.0‡", "6.0‡"]),
+        ("6", "Size (MB)", ["132.0‡", "34.4‡", "142.1‡", "36.9‡"]),
+        ("16", "Size (MB)", ["1045.4‡", "67.1‡", "34.4‡"]),
+        ("16", "Theoretical OPs (1e9)", ["96.0‡", "12.0‡", "6.0‡"]),
+        ("B4", "Size (MB)", ["111.5‡"]),
+        ("B4", "OPs saving", ["10.3‡"]),
+    ],
+)
+def test_sizes_and_operations_are_counted(home, table, column, texts):
+    """With the recipes' 8-bit edges (BiDM: fp32, as released): docs/efficiency.md has the sizes by the paper's rule."""
+    assert list(report.run(table)[f"{column} ours"]) == texts
+
+
+def test_methods_that_add_to_the_network_are_not_counted_as_if_they_did_not(home):
+    frame = report.run("2").set_index("Method")
+    empty = frame.index[frame["Size (MB) ours"].isna()]
+    assert list(empty) == ["ReActNet", "Q-DM", "INSTA-BNN", "BI-DiffSR"]
 
 
 def test_unknown_table_is_refused_before_anything_is_written(home):
@@ -244,13 +267,15 @@ def test_a_recipe_that_changed_since_is_told(filled, tmp_path, monkeypatch, caps
 def test_nothing_measured_yet(home):
     overview = report.run()
     assert overview["ours"].sum() == overview["digits"].sum() == 0
+    counted = overview.set_index("table")["counted"]
+    assert counted[counted > 0].to_dict() == {"2": 37, "5": 10, "6": 4, "16": 6, "B4": 6}
     found = page(home)
     assert "Nothing has been measured yet" in found.text
     assert "bdm demo" in found.text
     assert "427.46" in found.text
     assert "Provenance" not in found.text
     assert not found.images()
-    assert len(list((home / "results" / "tables").glob("*.md"))) == 18
+    assert len(list((home / "results" / "tables").glob("*.md"))) == 19
 
 
 def test_a_started_run_without_a_log(home):

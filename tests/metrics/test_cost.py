@@ -5,8 +5,22 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from bdm_cli.jobs.efficiency import meta_inputs
-from bdm_cli.metrics.cost import Bits, model_size_mb, network_cost, operations, scales_mb
+from bdm_cli import recipe
+from bdm_cli.diffusion.models import build_unet
+from bdm_cli.metrics import cost as costs
+from bdm_cli.metrics.cost import (
+    Bits,
+    Structure,
+    bill,
+    model_size_mb,
+    network_cost,
+    of_recipe,
+    of_unet,
+    operations,
+    scales_mb,
+    total,
+)
+from bdm_cli.paper import tables
 
 LDM_4 = {
     "sample_size": 64,
@@ -36,8 +50,7 @@ LDM_8 = {
 
 def cost(kind=UNet2DModel, **arguments):
     with torch.device("meta"):
-        unet = kind(**arguments)
-        return network_cost(unet, meta_inputs(unet))
+        return network_cost(kind(**arguments))
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +67,7 @@ def test_a_small_network_by_hand():
     class Small(nn.Module):
         def __init__(self):
             super().__init__()
+            self.down_blocks = self.up_blocks = nn.ModuleList()
             self.conv_in = nn.Conv2d(3, 8, 3, stride=2, padding=1)
             self.middle = nn.Conv2d(8, 6, 3, padding=1, groups=2, bias=False)
             self.norm = nn.GroupNorm(2, 6)
@@ -69,6 +83,12 @@ def test_a_small_network_by_hand():
     assert (edge.weights, edge.biases, edge.macs) == (216, 8, 25 * 216)
     assert (middle.weights, middle.biases, middle.macs) == (6 * 4 * 9, 0, 25 * 216)
     assert (linear.weights, linear.biases, linear.macs) == (30, 5, 25 * 30)
+    assert [(layer.kind, layer.shape) for layer in found.layers] == [
+        ("conv", (8, 3, 3, 3)),
+        ("conv", (6, 4, 3, 3)),
+        ("linear", (5, 6)),
+    ]
+    assert [(layer.inputs, layer.outputs) for layer in found.layers] == [(300, 200), (200, 150), (150, 125)]
     assert (found.other_parameters, found.attention_macs) == (12, 0)
 
     bits = Bits(weight=1, activation=4, edge=8)
@@ -83,6 +103,142 @@ def test_a_small_network_by_hand():
     assert scales_mb(found, real_inputs) * 2**20 == pytest.approx(4 * (8 + 6 + 5))
     assert operations(found, real_inputs).ops == operations(found, Bits()).ops == 5400 + 6150
     assert scales_mb(found, Bits()) == 0
+
+    parts = bill(found, bits)
+    assert [part.name for part in parts] == ["conv_in", "middle", "linear", "norm"]
+    assert [part.bits for part in parts] == [(8, 8), (1, 4), (1, 4), None]
+    assert [part.size_bits for part in parts] == [216 * 8 + 8 * 32, 216, 30 + 5 * 32, 12 * 32]
+    assert [(part.bops, part.flops) for part in parts] == [(5400 * 64, 0), (5400 * 4, 0), (750 * 4, 0), (0, 0)]
+    all_scales = total(bill(found, bits, scales="all"))
+    assert all_scales.flops == 200 + 150 + 125  # one multiplication per output number
+    assert all_scales.size_mb == pytest.approx(model_size_mb(found, bits) + scales_mb(found, bits))
+    assert total(bill(found, bits, scales="paper")).flops == 0
+
+    two = total(bill(found, bits, Structure("high-order"), scales="all"))
+    assert two.size_bits == 216 * 8 + 246 * 2 + (8 + 5 + 12) * 32 + (8 + 2 * 6 + 2 * 5 + 3) * 32
+    assert two.bops == 5400 * 64 + 2 * (5400 + 750) * 4
+    assert two.flops == 200 + 2 * (150 + 125)
+    assert total(bill(found, real_inputs, Structure("high-order"))).ops == 5400 + 6150  # the bases add up to one weight
+    assert bill(found, Bits(2, 4, 8), Structure("high-order")) == bill(found, Bits(2, 4, 8))
+
+
+TINY = {
+    "sample_size": 8,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "attention_head_dim": 32,
+}
+
+
+def test_blocks_and_regions_of_a_small_unet():
+    """conv_in, 2 pairs and a downsampler, the middle, 2 pairs twice (the first path's last with its upsampler)."""
+    found = cost(**TINY)
+    assert len(found.blocks) == 9
+    assert found.block_outputs == [
+        *(32 * 64, 32 * 64, 32 * 16, 64 * 16, 64 * 16),
+        *(64 * 16, 64 * 64, 32 * 64, 32 * 64),
+    ]
+    where = {layer.name: layer.site.block for layer in found.layers}
+    assert where["conv_in"] == 0
+    assert where["down_blocks.1.attentions.0.to_q"] == 3
+    assert where["mid_block.resnets.0.conv1"] == 4
+    assert where["conv_out"] is None
+    others = {other.name: other.block for other in found.others}
+    assert others["down_blocks.0.resnets.0.norm1"] == 1
+    assert others["conv_norm_out"] is None
+    both = total(bill(found, Bits(1, 4), Structure("lmb", scope=3)))
+    plain = {part.name: part for part in bill(found, Bits(1, 4))}
+    doubled = [name for name, block in where.items() if block in (1, 2, 6, 7, 8)]
+    assert both.bops == sum(part.bops * (1 + (name in doubled)) for name, part in plain.items())
+    assert bill(found, Bits(1, 4), Structure("lmb", scope=0)) == list(plain.values())
+    with_all = total(bill(found, Bits(1, 4), Structure("lmb", scope=9)))
+    assert with_all.bops < total(bill(found, Bits(1, 4), Structure("high-order"))).bops  # the middle keeps one basis
+
+
+def test_attentions_count_in_full_precision_when_asked():
+    found = cost(**TINY)
+    without, counted = total(bill(found, Bits(1, 4))), total(bill(found, Bits(1, 4), attention=True))
+    assert counted.flops - without.flops == found.attention_macs == sum(a.macs for a in found.attentions) > 0
+    assert counted.bops == without.bops
+    assert counted.size_bits == without.size_bits
+
+
+def test_scales_of_the_papers_rule_leave_out_the_projections():
+    found = cost(**TINY)
+    bits = Bits(1, 4)
+    inner = [layer for layer in found.layers if not layer.edge]
+    assert {layer.name.split(".")[-1] for layer in inner if layer.kind == "projection"} == {"to_q", "to_k", "to_v", "0"}
+    expected = sum(layer.channels + 1 for layer in inner if layer.kind != "projection")
+    assert total(bill(found, bits, scales="paper")).size_bits - total(bill(found, bits)).size_bits == 32 * expected
+
+
+def test_bidm_by_hand():
+    """One conv of each sort, with what the released layer adds to its weights' bits and its MACs."""
+    found = cost(**TINY)
+    parts = {part.name: part for part in bill(found, Bits(1, 1), Structure("bidm", connections=2))}
+
+    same = parts["down_blocks.0.resnets.0.conv1"]  # 32 -> 32 channels, 3x3, on 8x8
+    assert same.size_bits == 9 * 32 * 32 + 32 * (32 + 9 + 1 + 1)  # thresholds, filter and its bias, gamma; no bias
+    assert same.bops == 9 * 32 * 32 * 64
+    assert same.flops == 2 * 32 * 64 + 9 * 64 + 2 * 32 * 64  # |x| and thresholds; filter; K and shortcut
+
+    wider = parts["down_blocks.1.resnets.0.conv1"]  # 32 -> 64 channels, on 4x4: a real 1x1 conv on the shortcut
+    assert wider.size_bits == 9 * 32 * 64 + 32 * (32 + 9 + 1 + 1 + 32 * 64)
+    assert wider.flops == 2 * 32 * 16 + 9 * 16 + 2 * 64 * 16 + 32 * 64 * 16
+
+    skip = parts["down_blocks.1.resnets.0.conv_shortcut"]
+    assert (skip.bits, skip.size_bits) == ((32, 32), 32 * (32 * 64 + 64))
+    assert (skip.bops, skip.flops) == (0, 32 * 64 * 16)
+
+    query = parts["down_blocks.1.attentions.0.to_q"]
+    assert (query.size_bits, query.bops, query.flops) == (64 * 64 + 32 * 64, 64 * 64 * 16, 64 * 16)
+    linear = parts["down_blocks.0.resnets.0.time_emb_proj"]
+    assert (linear.size_bits, linear.flops) == (128 * 32, 0)
+    assert parts["conv_out"].bits == (32, 32)
+    mixed = [part for part in parts.values() if part.kind == "mixing"]
+    assert [(part.block, part.size_bits, part.flops) for part in mixed] == [
+        (7, 3200, 2 * 32 * 64),
+        (8, 3200, 2 * 32 * 64),
+    ]
+
+
+def test_bidm_as_its_paper_counts():
+    found = cost(**TINY)
+    parts = {part.name: part for part in bill(found, Bits(1, 1), Structure("bidm-paper"))}
+    plain = {part.name: part for part in bill(found, Bits(1, 1))}
+    changed = {name for name, part in parts.items() if part != plain[name]}
+    assert changed == {layer.name for layer in found.layers if layer.name.endswith("conv_shortcut")}
+    assert all(parts[name].size_bits == plain[name].size_bits for name in changed)
+    assert all((parts[name].bops, parts[name].flops) == (0, plain[name].bops) for name in changed)
+
+
+def test_structures_and_scales_that_do_not_exist():
+    found = cost(**TINY)
+    with pytest.raises(ValueError, match="structure 'bidm' is for 1/1, not for 1/4"):
+        bill(found, Bits(1, 4), Structure("bidm"))
+    with pytest.raises(ValueError, match="'triple' does not exist"):
+        bill(found, Bits(1, 4), Structure("triple"))
+    with pytest.raises(ValueError, match="scales 'some'"):
+        bill(found, Bits(1, 4), scales="some")
+
+
+def test_a_layer_must_run_exactly_once():
+    class Twice(nn.Module):
+        def __init__(self, runs):
+            super().__init__()
+            self.down_blocks = self.up_blocks = nn.ModuleList()
+            self.conv, self.runs = nn.Conv2d(1, 1, 1), runs
+
+        def forward(self, sample):
+            for _ in range(self.runs):
+                sample = self.conv(sample)
+            return sample
+
+    for runs, text in ((0, "does not reach: \\['conv'\\]"), (2, "conv runs twice")):
+        with pytest.raises(ValueError, match=text), torch.device("meta"):
+            network_cost(Twice(runs), {"sample": torch.empty(1, 1, 4, 4)})
 
 
 def test_attention_products_by_hand():
@@ -161,3 +317,128 @@ def test_ldm_8_at_the_papers_bits(ldm_8, bits, size):
 def test_ldm_8_operations_and_ldm_4_scales(ldm_4, ldm_8):
     assert round(operations(ldm_8, Bits()).ops / 1e9, 2) == 18.64
     assert round(scales_mb(ldm_4, Bits(1, 4, 32)), 2) == 0.36
+
+
+# ---- the papers' numbers: every size and every OPs of Tables 2, 5 and 16 ---------------------------------------------
+
+PRINTED = [
+    (cell.table, cell.row, cell.metric, cell.recipe, cell.value)
+    for cell in tables.cells().itertuples()
+    if cell.table in ("2", "5", "16") and cell.metric in ("size_mb", "ops_g")
+]
+
+
+def as_printed(name, metric):
+    """Counted as the sizes of Table 2 are: edges in fp32, scales of all but the attentions' projections."""
+    dataset, (weight, activation), structure = costs.parse_recipe(name)
+    found = of_unet(recipe.load(f"{dataset}-fp").unet, build_unet)
+    whole = total(bill(found, Bits(weight, activation, 32), Structure(structure or "plain"), scales="paper"))
+    return whole.size_mb if metric == "size_mb" else whole.ops / 1e9
+
+
+def test_all_rows_are_compared():
+    assert [sum(table == id for table, *_ in PRINTED) for id in ("2", "5", "16")] == [41, 10, 6]
+
+
+@pytest.mark.parametrize(("table", "row", "metric", "name", "value"), PRINTED)
+def test_beside_the_paper(table, row, metric, name, value):
+    ours, (weight, _) = as_printed(name, metric), costs.parse_recipe(name)[1]
+    if metric == "ops_g":
+        assert f"{ours:.1f}" == value if weight == 32 else ours == pytest.approx(float(value), rel=0.05)
+    elif "High-Order" in row:
+        assert ours == pytest.approx(float(value), rel=0.003)
+    elif weight > 1:
+        assert f"{ours:.1f}" == value  # asked for: the digit at 32 bits, 0.3 % at 8, 4 and 2
+    else:  # 35.8 and 38.1 fit no rule: between 8-bit and fp32 edges, and 2.6 and 4.2 % off the rule of all other rows
+        assert (f"{ours:.1f}", value) in {("37.3", "35.8"), ("39.1", "38.1")}
+        dataset = costs.parse_recipe(name)[0]
+        low = total(bill(of_unet(recipe.load(f"{dataset}-fp").unet, build_unet), Bits(1, 4, 8), scales="paper"))
+        assert low.size_mb < float(value) < ours
+
+
+def test_sizes_without_scales_are_as_near_as_half_a_percent():
+    for _, row, metric, name, value in PRINTED:
+        dataset, (weight, activation), _ = costs.parse_recipe(name)
+        if metric == "size_mb" and weight in (2, 4, 8):
+            found = of_unet(recipe.load(f"{dataset}-fp").unet, build_unet)
+            assert model_size_mb(found, Bits(weight, activation)) == pytest.approx(float(value), rel=0.004), row
+
+
+@pytest.mark.parametrize(("bits", "value"), [((4, 4), 24.3), ((2, 4), 12.3), ((1, 4), 6.3)])
+def test_the_papers_operations_lie_a_constant_above_eq_17(ldm_4, bits, value):
+    """The note on Table 5: 0.25 G of floating-point work that the paper does not specify."""
+    assert 0.2 <= value - operations(ldm_4, Bits(*bits)).ops / 1e9 <= 0.31
+
+
+def test_the_notes_on_high_order_and_two_bases(ldm_4):
+    one = total(bill(ldm_4, Bits(1, 4), scales="paper"))
+    two = total(bill(ldm_4, Bits(1, 4), Structure("high-order"), scales="paper"))
+    assert two.size_mb / one.size_mb == pytest.approx(1.88, abs=0.005)  # printed: 1.96
+    full, lmb = total(bill(ldm_4, Bits())), total(bill(ldm_4, Bits(1, 4), Structure("lmb"), scales="paper"))
+    assert full.size_mb / lmb.size_mb == pytest.approx(24.8, abs=0.05)
+    assert full.ops / lmb.ops == pytest.approx(9.57, abs=0.005)
+    assert full.ops / (lmb.ops + 0.25e9) == pytest.approx(9.3, abs=0.05)
+
+
+def test_bidms_table(ldm_4):
+    """Size and BOPs of its own accounting agree to the digit; its FLOPs are a tenth of what that leaves over."""
+    paper = total(bill(ldm_4, Bits(1, 1), Structure("bidm-paper"), scales="paper"))
+    assert round(paper.size_mb, 1) == 37.3
+    assert round(paper.bops / 1e9, 1) == 92.1
+    assert paper.flops / 1e9 == pytest.approx(10 * 0.38, rel=0.04)
+    full = total(bill(ldm_4, Bits()))
+    assert round(full.size_mb / paper.size_mb, 1) == 28.0
+    assert round(paper.bops / 64e9 + 0.38, 2) == 1.82
+    assert round(round(full.ops / 1e9, 1) / 1.82, 1) == 52.7
+    released = total(bill(ldm_4, Bits(1, 1), Structure("bidm"), scales="paper"))
+    assert released.size_mb == pytest.approx(111.5, abs=0.05)
+    assert released.ops / 1e9 == pytest.approx(9.37, abs=0.005)
+    skips = [layer for layer in ldm_4.layers if layer.skip]
+    assert len(skips) == 15
+    assert sum(layer.macs for layer in skips) == pytest.approx(3.879e9, rel=1e-3)
+
+
+# ---- recipe ids ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parsed"),
+    [
+        ("bedrooms-fp", ("bedrooms", (32, 32), "plain")),
+        ("imagenet-fp+sample.sampler=plms", ("imagenet", (32, 32), "plain")),
+        ("bedrooms-w1a32+method.lrm_k=2", ("bedrooms", (1, 32), "plain")),
+        ("digits-ldm-w2a4-lsq", ("digits-ldm", (2, 4), "plain")),
+        ("bedrooms-w1a4-highorder", ("bedrooms", (1, 4), "high-order")),
+        ("bedrooms-w1a1-bidm", ("bedrooms", (1, 1), "bidm")),
+        ("bedrooms-w1a4-reactnet", ("bedrooms", (1, 4), None)),
+    ],
+)
+def test_recipe_ids(name, parsed):
+    assert costs.parse_recipe(name) == parsed
+
+
+def test_what_is_no_recipe_id():
+    with pytest.raises(ValueError, match="'bedrooms' is not a recipe id"):
+        costs.parse_recipe("bedrooms")
+
+
+def test_metrics_of_recipe_ids(ldm_4):
+    assert set(of_recipe("bedrooms-fp", build_unet)) == set(tables.COUNTED)
+    found = of_recipe("bedrooms-w1a4", build_unet)  # its file says 8-bit edges
+    assert found["size_mb"] == total(bill(ldm_4, Bits(1, 4, 8), scales="paper")).size_mb
+    assert found["ops_g"] == operations(ldm_4, Bits(1, 4, 8)).ops / 1e9
+    assert found["size_saving"] == pytest.approx(30.39, abs=0.005)
+    no_file = of_recipe("bedrooms-w4a4-efficientdm", build_unet)
+    assert no_file["size_mb"] == total(bill(ldm_4, Bits(4, 4, 8), scales="paper")).size_mb
+    assert of_recipe("bedrooms-w1a1-bidm", build_unet)["flops_g"] == pytest.approx(7.927, abs=0.001)
+    assert of_recipe("bedrooms-w1a4-reactnet", build_unet) == {}
+
+
+def test_a_recipes_edge_bits_count(tmp_path, monkeypatch):
+    text = 'extends = "bedrooms-w1a4"\nmethod = { edge_bits = 32 }\n'
+    for name in ("bedrooms-w1a4-mine", "bedrooms-w1a4-tdq"):
+        (tmp_path / f"{name}.toml").write_text(text)
+    roots = recipe.roots()
+    monkeypatch.setattr(recipe, "roots", lambda: [tmp_path, *roots])
+    assert round(of_recipe("bedrooms-w1a4-tdq", build_unet)["size_mb"], 1) == 37.3
+    assert of_recipe("bedrooms-w1a4-mine", build_unet) == {}

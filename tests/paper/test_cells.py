@@ -14,14 +14,15 @@ import pytest
 
 DATA = Path(__file__).resolve().parents[2] / "bdm_cli" / "paper"
 HEADER = ["table", "row", "column", "recipe", "twin", "metric", "value"]
-TABLES = [str(n) for n in range(1, 17)] + ["P1", "P2"]
+TABLES = [str(n) for n in range(1, 17)] + ["P1", "P2", "B4"]
 DATASETS = "cifar10|bedrooms|churches|ffhq|imagenet"
 METHODS = (
-    "baseline|ebb|lmb|lsq|qdiffusion|efficientdm|tdq|reactnet|qdm|instabnn|bidiffsr|xnorpp|bbcu|dorefa|reste|xnor|bidm"
+    "baseline|ebb|highorder|lsq|qdiffusion|efficientdm|"
+    "tdq|reactnet|qdm|instabnn|bidiffsr|xnorpp|bbcu|dorefa|reste|xnor|bidm"
 )
 OURS = "digits|digits-ldm|digits-cond"
 RECIPE = re.compile(rf"({DATASETS}|{OURS})-(fp|w\d+a\d+(-({METHODS}))?)(\+[a-z]+\.[a-z_]+=[a-z0-9.-]+)*")
-NO_TWIN = {"size_mb", "ops_g", "time_h", "runtime_us"}
+NO_TWIN = {"size_mb", "bops_g", "flops_g", "ops_g", "size_saving", "ops_saving", "time_h", "runtime_us"}
 
 # rows x columns, less the cells printed as "-"
 COUNTS = {
@@ -43,6 +44,7 @@ COUNTS = {
     "16": 3 * 3,
     "P1": 7 * 4,
     "P2": (9 + 7 + 7) * 4,
+    "B4": 6,
 }
 
 BED = "LDM-4 | LSUN-Bedrooms 256x256 | "
@@ -123,6 +125,9 @@ SPOTS = [
     ("P2", CHU + "XNOR | 1/1", "sFID", "49.24"),
     ("P2", FFHQ + "ReActNet | 1/1", "Precision", "3.36"),
     ("P2", FFHQ + "BiDM | 1/1", "Recall", "13.96"),
+    ("B4", "BiDM | 1/1", "Size (MB)", "37.3"),
+    ("B4", "BiDM | 1/1", "FLOPs (1e9)", "0.38"),
+    ("B4", "BiDM | 1/1", "OPs saving", "52.7"),
 ]
 
 # (table, row, column) -> recipe, twin
@@ -186,7 +191,7 @@ RECIPES = [
     ),
     ("14", "L_LRM | 4 | 1/32", "FID", "bedrooms-w1a32", "digits-w1a32"),
     ("15", "0 (w/o LRM) | 1/32", "FID", "bedrooms-w1a32-ebb", "digits-w1a32-ebb"),
-    ("16", "High-Order | 1/4", "Size (MB)", "bedrooms-w1a4-lmb", ""),
+    ("16", "High-Order | 1/4", "Size (MB)", "bedrooms-w1a4-highorder", ""),
     ("P1", CIFAR + "XNOR++ | 1/1", "IS", "cifar10-w1a1-xnorpp", "digits-w1a1-xnorpp"),
     ("P2", FFHQ + "BiDM | 1/1", "FID", "ffhq-w1a1-bidm", "digits-w1a1-bidm"),
 ]
@@ -220,10 +225,12 @@ def test_all_tables_are_present_in_order(cells, tables):
 
 def test_tables_are_well_formed(tables):
     for t in tables:
-        assert set(t) == {"id", "title", "source", "labels", "columns", "notes"}
+        assert set(t) - {"accounting"} == {"id", "title", "source", "labels", "columns", "notes"}
         assert t["title"]
         if t["id"].startswith("P"):
             assert t["source"] == f"BiDM poster, NeurIPS 2024, Table {t['id'][1:]}"
+        elif t["id"].startswith("B"):
+            assert t["source"].startswith(f"BiDM, arXiv:2412.05926, Table {t['id'][1:]}, as quoted")
         else:
             assert t["source"] == f"BinaryDM, arXiv:2404.05662, Table {t['id']}"
         names = [c["name"] for c in t["columns"]]
@@ -231,7 +238,7 @@ def test_tables_are_well_formed(tables):
         for c in t["columns"]:
             assert set(c) == {"name", "metric", "better"}
             assert c["better"] in ("higher", "lower", "")
-        assert all(isinstance(n, str) and n for n in t["notes"])
+        assert all(isinstance(n, str) and n for n in [*t["notes"], *t.get("accounting", [])])
 
 
 def test_cells_are_unique(cells):

@@ -41,7 +41,7 @@ def missing(value):
 
 def test_every_table_mirrors_the_paper_without_records():
     specs = tables.specs()
-    assert len(specs) == 18
+    assert len(specs) == 19
     printed = tables.cells().groupby("table")["value"].count()
     for id, spec in specs.items():
         frame = tables.table(id, [])
@@ -186,6 +186,29 @@ def test_overrides_join_exactly():
     assert frame["FID digits"].notna().sum() == 1
 
 
+def test_what_was_counted_stands_in_ours_until_it_is_measured():
+    counts = {("bedrooms-w1a4", "size_mb"): 34.398, ("bedrooms-w1a4", "ops_g"): 6.0485, ("digits-w1a4", "fid"): 1.0}
+    lines = tables.long([], counts)
+    frame = tables.layout(tables.specs()["5"], lines)
+    assert cell(frame, "Size (MB) ours", Method="BinaryDM") == "34.4‡"
+    assert cell(frame, "OPs (1e9) ours", Method="BinaryDM") == "6.0‡"
+    assert missing(cell(frame, "Size (MB) ours", Method="LSQ"))
+    assert not [name for name in frame.columns if name.endswith(" digits")]
+    number = line(lines, "5", "LDM-4 | BinaryDM | 1/4", "OPs (1e9)")
+    assert (number["ours_mean"], number["ours_n"], number["counted"], number["marked"]) == (6.0485, 0, True, False)
+    assert set(lines[lines["counted"]]["table"]) == {"2", "5", "6", "16"}
+    measured = [measure("bedrooms-w1a4", "size_mb", 35.0, n_images=None, steps=0)]
+    frame = tables.layout(tables.specs()["5"], tables.long(measured, counts))
+    assert cell(frame, "Size (MB) ours", Method="BinaryDM") == "35.0 (1)"
+
+
+def test_notes_on_accounting_are_notes_too():
+    found = tables.specs()
+    assert {id for id, spec in found.items() if spec.accounting} == {"2", "5", "16", "B4"}
+    for spec in found.values():
+        assert set(spec.accounting) <= set(spec.notes)
+
+
 def test_other_holds_what_no_table_has_a_place_for():
     found = [
         measure("digits-w1a4", "fid", 33.0),
@@ -226,5 +249,5 @@ def test_beside_takes_only_this_version_of_a_recipe():
 
 
 def test_unknown_table():
-    with pytest.raises(BdmError, match=r"unknown table '17'\. .*\n  known: 1, 10, 11, .*, P1, P2"):
+    with pytest.raises(BdmError, match=r"unknown table '17'\. .*\n  known: 1, 10, 11, .*, B4, P1, P2"):
         tables.table("17", [])
