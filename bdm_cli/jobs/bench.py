@@ -3,12 +3,9 @@
 Every measurement is a process of its own; contenders take turns, and the median over the rounds counts.
 """
 
-import multiprocessing
 import os
 import statistics
 import tempfile
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +16,9 @@ import torch
 from PIL import Image
 from torch_fidelity import calculate_metrics
 
-from bdm_cli import output, records, runs, student
-from bdm_cli.errors import BdmError
+from bdm_cli import measure, output, records, runs, student
 from bdm_cli.images import sets
+from bdm_cli.measure import Measured
 from bdm_cli.metrics import inception_score, precision_recall
 from bdm_cli.metrics.extraction import summary_of
 from bdm_cli.metrics.frechet import FrechetTo
@@ -29,21 +26,12 @@ from bdm_cli.metrics.inception import INCEPTION, InceptionFeatures, write_random
 from bdm_cli.metrics.summary import Summary
 from bdm_cli.places import home_at
 
-LOOK_S = 0.05
-"""Seconds between two looks at a process's memory."""
 DIMENSIONS = 2048
 CDIST_COPIES = 3
 """Matrices of all distances that torch.cdist with kthvalue holds at once."""
 
 Work = Callable[[Path, Path], None]
 """What is measured: given the folder with its input, and Inception's weights."""
-
-
-class Measured(NamedTuple):
-    """Seconds of the work, without starting Python, and the most memory of the process and its children, in MiB."""
-
-    wall_s: float
-    peak_mib: float
 
 
 class Task(NamedTuple):
@@ -129,56 +117,16 @@ def _measured(task: Task, rounds: int, folder: Path, weights: Path) -> dict[str,
 
 
 def _alone(work: Work, folder: Path, weights: Path) -> Measured:
-    """The work in a process of its own, which begins as a new Python and has an empty cache."""
-    context = multiprocessing.get_context("spawn")
-    mine, its = context.Pipe()
+    """The work in a process of its own with an empty cache."""
     with tempfile.TemporaryDirectory() as home:
-        process = context.Process(target=_work, args=(its, work, folder, weights, home))
-        process.start()
-        its.close()
-        try:
-            found = mine.recv()
-        except EOFError:
-            found = None
-        process.join()
-    if not isinstance(found, Measured):
-        raise BdmError(f"the measured process ended early (exit code {process.exitcode}).\n  is there enough memory?")
-    return found
+        return measure.alone(_work, work, folder, weights, home)
 
 
-def _work(its: "multiprocessing.connection.Connection", work: Work, folder: Path, weights: Path, home: str) -> None:
+def _work(work: Work, folder: Path, weights: Path, home: str) -> None:
     os.environ["BDM_QUIET"] = "1"
     torch.set_float32_matmul_precision("highest")  # as bdm evaluate has it, for all alike
-    peak, done = 0.0, threading.Event()
-
-    def look() -> None:
-        nonlocal peak
-        while not done.wait(LOOK_S):
-            peak = max(peak, _held_mib(os.getpid()))
-
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
     with home_at(home):
-        start = time.monotonic()
         work(folder, weights)
-        wall_s = time.monotonic() - start
-    done.set()
-    watcher.join()
-    its.send(Measured(wall_s, peak))
-
-
-def _held_mib(pid: int) -> float:
-    """Memory of a process and its children, what they share counted once (PSS)."""
-    total = 0.0
-    try:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
-        for task in os.listdir(f"/proc/{pid}/task"):
-            for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
-                total += _held_mib(int(child))
-    except (OSError, StopIteration):  # it has just ended
-        pass
-    return total
 
 
 def _summary(name: str, folder: Path, weights: Path) -> Summary:

@@ -11,6 +11,7 @@ import torch
 from bdm_cli import inputs, places, recipe, records
 from bdm_cli.errors import BdmError
 from bdm_cli.metrics.inception import CLEAN, INCEPTION, VGG
+from bdm_cli.packed import ops
 
 
 def run() -> pd.DataFrame:
@@ -22,6 +23,7 @@ def run() -> pd.DataFrame:
         rows.append(("GPU", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}", ""))
     else:
         rows.append(("GPU", "none", "not needed; the recipes beyond digits are slow without one"))
+    rows.append(("Packed inference", *_packed_inference()))
     home = places.home().resolve()
     nearest = next(folder for folder in (home, *home.parents) if folder.exists())  # the home is made when needed
     rows.append(("Home", str(home), "set BDM_HOME to keep runs/ and results/ elsewhere"))
@@ -42,3 +44,16 @@ def run() -> pd.DataFrame:
         missing = inputs.missing(recipe.load(name), evaluation=True)
         rows.append((f"recipes {name}*", "ready" if not missing else f"{len(missing)} missing", "\n".join(missing)))
     return pd.DataFrame(rows, columns=["Part", "State", "Note"])
+
+
+def _packed_inference() -> tuple[str, str]:
+    """Which kernels compute a packed model, and what to do if there is no compiled one."""
+    able = [name for name in ops.PATHS if name == "torch" or name in ops.library().paths]
+    try:
+        state = f"{ops.path()}; can run: {', '.join(able)}"
+    except BdmError as error:
+        return "not usable", str(error)
+    if able != ["torch"]:
+        return state, ""
+    reason = ops.library().reason or "none is for this processor"
+    return state, f"{reason};\ninstall a C compiler, then `python -m bdm_cli.packed.build` or bdm-cli again"

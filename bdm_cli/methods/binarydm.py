@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bdm_cli.diffusion.losses import FeatureTaps, LowRankMimicking, mimicking_mse
 from bdm_cli.errors import BdmError
 from bdm_cli.methods.base import Forward, Layer, Method
-from bdm_cli.quant.quantizers import Quantizer, SignWeight, per_channel
+from bdm_cli.quant.quantizers import Quantizer, SignWeight, Term, per_channel
 from bdm_cli.quant.ste import sign_ste
 from bdm_cli.quant.swap import Block, Site, quantized_layers, timestep_blocks
 
@@ -42,6 +42,11 @@ class EbbWeight(Quantizer):
     def forward(self, weight: Tensor) -> Tensor:
         first = self.sigma * sign_ste(weight)
         return first + self.sigma_2 * sign_ste(weight - first)
+
+    def terms(self, weight: Tensor) -> list[Term]:
+        b_1 = sign_ste(weight)
+        b_2 = sign_ste(weight - self.sigma * b_1)
+        return [Term(1, -1, b_1, self.sigma.flatten()), Term(1, -1, b_2, self.sigma_2.flatten())]
 
     def evolved(self) -> SignWeight:
         """Stage 2: the same sigma (the same parameter, so its optimizer state goes on) without the second basis."""

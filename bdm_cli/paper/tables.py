@@ -28,7 +28,7 @@ PAPER_IMAGES = 50_000
 COUNTED = ("size_mb", "bops_g", "flops_g", "ops_g", "size_saving", "ops_saving")
 """Metrics that follow from the network and its bits alone (metrics/cost.py)."""
 
-UNTRAINED = (*COUNTED, "runtime_us")
+UNTRAINED = (*COUNTED, "runtime_us", "speedup")
 """Metrics of the network's layers, which rest on neither images nor training."""
 
 DAGGER = "†"

@@ -1,8 +1,21 @@
-"""Layers with quantized weights and inputs; the same parameters under the same names as what they replace."""
+"""Layers with quantized weights and inputs; the same parameters under the same names as what they replace.
+
+In eval mode and without gradients, quantized weights and inputs are multiplied as whole numbers where fp32 holds all
+sums exactly, which is always so at 1 bit. Their order then makes no difference, and it should make none: a last bit can
+move a 4-bit activation by a level, and that an image. So these layers do the same at any batch size and number of
+threads, and so do packed bits.
+"""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bdm_cli.quant.quantizers import Quantizer, Term
+
+EXACT = 2**24
+"""fp32 holds every integer up to here."""
 
 
 class QuantConv2d(nn.Conv2d):
@@ -28,7 +41,7 @@ class QuantConv2d(nn.Conv2d):
         self.weight_quantizer, self.activation_quantizer = weight_quantizer, activation_quantizer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(*_quantized(self, x), self.bias)
+        return _forward(self, x, self._conv_forward, (-1, 1, 1))
 
 
 class QuantLinear(nn.Linear):
@@ -41,13 +54,37 @@ class QuantLinear(nn.Linear):
         self.weight_quantizer, self.activation_quantizer = weight_quantizer, activation_quantizer
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(*_quantized(self, x), self.bias)
+        return _forward(self, x, F.linear, (-1,))
 
 
-def _quantized(layer: QuantConv2d | QuantLinear, x: Tensor) -> tuple[Tensor, Tensor]:
-    a = x if layer.activation_quantizer is None else layer.activation_quantizer(x)
-    w = layer.weight if layer.weight_quantizer is None else layer.weight_quantizer(layer.weight)
-    return a, w
+def _forward(
+    layer: QuantConv2d | QuantLinear, x: Tensor, multiply: Callable[..., Tensor], per_output: tuple[int, ...]
+) -> Tensor:
+    """multiply(q_a(x), q_w(w), b). per_output: shape of what is one number per output channel."""
+    weight, activation = layer.weight_quantizer, layer.activation_quantizer
+    a = x if activation is None else activation(x)
+    whole = None if torch.is_grad_enabled() or layer.training else _whole(layer)
+    if whole is None:
+        return multiply(a, layer.weight if weight is None else weight(layer.weight), layer.bias)
+    step, terms = whole
+    a = (a / step).round_()
+    parts = [multiply(a, term.levels, None) * (term.sigma * step).view(per_output) for term in terms]
+    if layer.bias is not None:
+        parts[0] += layer.bias.view(per_output)
+    return sum(parts[1:], start=parts[0])
+
+
+def _whole(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, list[Term]] | None:
+    """The input's step and the weight in whole numbers, if every sum of their products is exact."""
+    weight, activation = layer.weight_quantizer, layer.activation_quantizer
+    if not (isinstance(weight, Quantizer) and isinstance(activation, Quantizer)):
+        return None
+    try:
+        terms, grid = weight.terms(layer.weight), activation.grid()
+    except NotImplementedError:
+        return None
+    most = layer.weight[0].numel() * terms[0].most * grid.most
+    return (grid.step, terms) if most <= EXACT else None
 
 
 class QuantAttnProcessor(nn.Module):

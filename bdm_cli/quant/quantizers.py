@@ -1,5 +1,8 @@
 """Quantizers: modules from a tensor to a tensor of few values, with a gradient."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -11,16 +14,63 @@ def per_channel(x: Tensor) -> Tensor:
     return x.mean(dim=tuple(range(1, x.dim())), keepdim=True)
 
 
+class Term(NamedTuple):
+    """sigma_c * levels: a quantized weight in whole numbers, or one of several such terms that it is the sum of.
+
+    Shapes: levels [C_out, ...], low..low + 2^bits - 1, or +-1 (bits 1); sigma fp32 [C_out], or [1] for all.
+    """
+
+    bits: int
+    low: int
+    levels: Tensor
+    sigma: Tensor
+
+    @property
+    def most(self) -> int:
+        """Bound of |levels|."""
+        return 1 if self.bits == 1 else max(abs(self.low), abs(self.low + 2**self.bits - 1))
+
+
+class Grid(NamedTuple):
+    """Quantized activations: step * (clip(round(x / step + zero), low, low + 2^bits - 1) - zero).
+
+    step: fp32 [1], or [S] with one per time at which the sampler calls the network.
+    """
+
+    bits: int
+    low: int
+    zero: int
+    step: Tensor
+
+    @property
+    def most(self) -> int:
+        """Bound of |activations| / step."""
+        low = self.low - self.zero
+        return max(abs(low), abs(low + 2**self.bits - 1))
+
+
 class Quantizer(nn.Module):
     """A tensor to a tensor of the same shape that takes at most 2^bits values (per channel).
 
     The same function in train and eval. If it needs data before its first use, it gets them through calibrate_(x).
+    `terms` (of weights) and `grid` (of activations) say the same function in whole numbers, for exact sums and packing.
     """
 
     bits: int
 
     def calibrate_(self, x: Tensor) -> None:
         """Set what depends on data from one batch. The default needs none."""
+
+    def terms(self, weight: Tensor) -> list[Term]:
+        """What the quantized weight is the sum of. Raises: NotImplementedError with the reason if it is no such sum."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its weights in whole numbers")
+
+    def grid(self, times: Sequence[float] | None = None) -> Grid:
+        """Where activations go, when the sampler calls the network at `times`; None: at this very call (one step).
+
+        Raises: NotImplementedError with the reason if they go to no even grid.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say its activations in whole numbers")
 
 
 class SignWeight(Quantizer):
@@ -42,6 +92,9 @@ class SignWeight(Quantizer):
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.sigma * sign_ste(weight)
+
+    def terms(self, weight: Tensor) -> list[Term]:
+        return [Term(1, -1, sign_ste(weight), self.sigma.flatten())]
 
 
 class Lsq(Quantizer):
@@ -77,6 +130,21 @@ class Lsq(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         s = scale_gradient(self.scale, (x.numel() * self.high) ** -0.5)
         return lsq_ste(x, s, self.zero_point, self.low, self.high)
+
+    def terms(self, weight: Tensor) -> list[Term]:
+        zero = self._zero()
+        levels = (weight / self.scale + zero).round().clamp(self.low, self.high) - zero
+        return [Term(self.bits, self.low - zero, levels, self.scale.flatten())]
+
+    def grid(self, times: Sequence[float] | None = None) -> Grid:
+        if self.scale.numel() > 1:
+            raise NotImplementedError("its activations have one step size per channel")
+        return Grid(self.bits, self.low, self._zero(), self.scale.detach().reshape(1))
+
+    def _zero(self) -> int:
+        if not float(self.zero_point).is_integer():
+            raise NotImplementedError(f"its zero point is {float(self.zero_point)}, which is no integer")
+        return int(self.zero_point)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, range={self.low}..{self.high}"

@@ -1,6 +1,6 @@
 """Which layer stands where in a U-Net, and swapping layers for quantized ones in place."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -105,6 +105,11 @@ def swap_layers_(
         if quantizers is not None:
             kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
             replacement[layer] = kind(layer, *quantizers).train(layer.training)
+    replace_(unet, replacement)
+
+
+def replace_(unet: nn.Module, replacement: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in the place of some, under every name that they have."""
     for parent in list(unet.modules()):
         for name, child in parent._modules.items():
             if child in replacement:

@@ -6,18 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bdm_cli import measure
 from bdm_cli.errors import BdmError
 from bdm_cli.jobs import bench
 from bdm_cli.jobs.bench import Task
 
 
 def nothing(folder: Path, weights: Path) -> None:
-    time.sleep(20 * bench.LOOK_S)
+    time.sleep(20 * measure.LOOK_S)
 
 
 def large(folder: Path, weights: Path) -> None:
     held = np.ones(60 * 2**20)  # 480 MiB
-    time.sleep(20 * bench.LOOK_S)
+    time.sleep(20 * measure.LOOK_S)
     assert held[-1] == 1
 
 
@@ -38,7 +39,7 @@ def fails(folder: Path, weights: Path) -> None:
 def test_the_peak_is_what_the_work_holds(tmp_path):
     few, many = (bench._alone(work, tmp_path, tmp_path) for work in (nothing, large))
     assert 300 < many.peak_mib - few.peak_mib < 700
-    assert few.wall_s >= 20 * bench.LOOK_S
+    assert few.wall_s >= 20 * measure.LOOK_S
 
 
 def test_contenders_take_turns(tmp_path):

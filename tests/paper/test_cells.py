@@ -22,7 +22,7 @@ METHODS = (
 )
 OURS = "digits|digits-ldm|digits-cond"
 RECIPE = re.compile(rf"({DATASETS}|{OURS})-(fp|w\d+a\d+(-({METHODS}))?)(\+[a-z]+\.[a-z_]+=[a-z0-9.-]+)*")
-NO_TWIN = {"size_mb", "bops_g", "flops_g", "ops_g", "size_saving", "ops_saving", "time_h", "runtime_us"}
+NO_TWIN = {"size_mb", "bops_g", "flops_g", "ops_g", "size_saving", "ops_saving", "time_h", "runtime_us", "speedup"}
 
 # rows x columns, less the cells printed as "-"
 COUNTS = {
@@ -41,7 +41,7 @@ COUNTS = {
     "13": 3 * 5,
     "14": 5 * 4,
     "15": 3 * 2,
-    "16": 3 * 3,
+    "16": 3 * 3 + 2,
     "P1": 7 * 4,
     "P2": (9 + 7 + 7) * 4,
     "B4": 6,
@@ -114,6 +114,8 @@ SPOTS = [
     ("15", "infinity (BinaryDM) | 1/32", "FID", "6.99"),
     ("16", "FP | 32/32", "Runtime (us/convolution)", "176371.0"),
     ("16", "High-Order | 1/4", "Size (MB)", "70.2"),
+    ("16", "High-Order | 1/4", "Speed-up", "3.11"),
+    ("16", "BinaryDM | 1/4", "Speed-up", "4.62"),
     ("16", "BinaryDM | 1/4", "Theoretical OPs (1e9)", "6.3"),
     ("P1", CIFAR + "FP | 32/32", "sFID", "4.46"),
     ("P1", CIFAR + "XNOR++ | 1/1", "FID", "251.14"),
