@@ -27,6 +27,11 @@ bench = typer.Typer(no_args_is_help=True, help="Speed and memory beside other co
 app.add_typer(bench, name="bench")
 
 
+class Shapes(enum.StrEnum):
+    main = "main"
+    all = "all"
+
+
 class Weights(enum.StrEnum):
     ema = "ema"
     raw = "raw"
@@ -220,24 +225,79 @@ def sample(
     classes: Annotated[str | None, typer.Option("--classes", help="Comma-separated class ids, drawn equally.")] = None,
     images: Annotated[int | None, typer.Option("--images", "-n", help="How many images.")] = None,
     overrides: Overrides = None,
-    seed: Seed = 0,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed; default: 0, or the packed model's.")] = None,
+    packed: Annotated[Path | None, typer.Option("--packed", help="A file of `bdm export`, in place of a run.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for --packed; default: the file's.")] = None,
 ) -> None:
-    """Make a finished run's images: shards, then one ADM-style npz and a PNG grid.
+    """Make the images of a finished run, or of a packed model: shards, then one ADM-style npz and a PNG grid.
 
     The options are short for `--set sample.sampler=...` and so on: they name the same samples. Several processes
     (`accelerate launch -m bdm_cli sample ...`) make the same images as one.
 
-    Example: `bdm sample --recipe digits-cond-w1a4 --sampler plms --steps 20 --guidance 3.0 --classes 3,7`
+    Example: `bdm sample --recipe digits-cond-w1a4 --sampler plms --steps 20 --guidance 3.0 --classes 3,7`, or
+    `bdm sample --packed model.safetensors --images 64`
     """
     from bdm_cli import runs
 
     given = {"sampler": sampler, "steps": steps, "guidance": guidance, "n_images": images}
     short = [f"sample.{key}={value}" for key, value in given.items() if value is not None]
     short += [f"sample.classes=[{classes}]"] if classes else []
-    spec, run_id = runs.target(run, recipe, method, [*(overrides or []), *short], seed)
+    asked = [*(overrides or []), *short]
+    if packed is None:
+        if out is not None:
+            raise BdmError("--out is for --packed; a run's images lie in its folder.\n  leave out --out")
+        spec, run_id = runs.target(run, recipe, method, asked, seed or 0)
+        from bdm_cli.jobs import sample
+
+        print(sample.run(spec, run_id))
+        return
+    if run or recipe or method:
+        raise BdmError("--packed is a model of its own.\n  leave out --run, --recipe and --method")
     from bdm_cli.jobs import sample
 
-    print(sample.run(spec, run_id))
+    print(sample.run_packed(packed, asked, seed, out))
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
+    run: Annotated[str | None, typer.Argument(help="Id of a finished run, or the path of its weights.")] = None,
+    recipe: AnyRecipe = None,
+    method: MethodName = None,
+    overrides: Overrides = None,
+    seed: Seed = 0,
+    half: Annotated[bool, typer.Option("--half", help="16-bit floats for scales, biases and norms.")] = False,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights, to measure size and speed without a checkpoint.")
+    ] = False,
+    form: Form = Format.table,
+) -> None:
+    """Pack a student: one file with 1 bit per weight and all that draws images from it, measured beside its fp32 form.
+
+    Example: `bdm export digits-w1a4-s0 -o model.safetensors`, or
+    `bdm export --recipe bedrooms-w1a4 --random -o ldm4.safetensors`
+    """
+    from bdm_cli import inputs
+
+    asked = inputs.exported(run, recipe, method, overrides or [], seed, random)
+    from bdm_cli.jobs import export
+
+    show(export.run(asked, out, half), form, "Packed")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A file of `bdm export`.")],
+    by_layer: Annotated[bool, typer.Option("--layers", help="One row per quantized layer.")] = False,
+    form: Form = Format.table,
+) -> None:
+    """Explain a packed model: where it comes from, what its bytes hold, whether it is whole.
+
+    Example: `bdm inspect model.safetensors --layers`
+    """
+    from bdm_cli.jobs import inspect
+
+    show(inspect.layers(file) if by_layer else inspect.run(file), form, str(file))
 
 
 @app.command()
@@ -378,6 +438,37 @@ def bench_evaluate(
     from bdm_cli.jobs import bench
 
     show(bench.evaluate(images, size, samples, reference, rounds, weights), form, "The evaluator beside others")
+
+
+@bench.command("inference")
+def bench_inference(
+    activations: Annotated[str, typer.Option("--activations", help="Bits of 1..8 or 32; comma-separated.")] = "4,8,1",
+    shapes: Annotated[Shapes, typer.Option("--shapes", help="Five main layers of LDM-4, or all.")] = Shapes.main,
+    high_order: Annotated[bool, typer.Option("--high-order", help="Two binary bases per weight, too.")] = False,
+    step: Annotated[bool, typer.Option("--step/--no-step", help="The whole U-Net step at W1A4.")] = True,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: as many as torch takes.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns of each contender; medians count.")] = 15,
+    form: Form = Format.table,
+) -> None:
+    """Time packed layers and the whole step of LDM-4 beside fp32 (PyTorch, ONNX Runtime) and int8: Table 16's twin.
+
+    Example: `bdm bench inference --activations 4 --rounds 5`
+    """
+    bits = _bits_list(activations)
+    from bdm_cli.jobs import bench_inference as job
+
+    show(job.layers(bits, job.chosen(shapes), rounds, threads, (1, 2) if high_order else (1,)), form, "Layers, batch 1")
+    if step:
+        whole, split = job.step(4, rounds, threads)
+        show(whole, form, "Whole step, batch 1")
+        show(split, form, "Where the packed step's time goes")
+
+
+def _bits_list(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and (1 <= int(part) <= 8 or int(part) == 32) for part in parts):
+        raise BdmError(f"cannot read --activations '{text}'.\n  allowed: 1..8 or 32, comma-separated; e.g. 4,8,1")
+    return [int(part) for part in parts]
 
 
 @app.command()

@@ -88,6 +88,41 @@ class Evaluation:
     recorded: bool
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What `bdm export` packs. weights: a finished student's file; None = random weights for `recipe`, by `seed`.
+
+    recipe: None = the one in the file, under `overrides`.
+    """
+
+    weights: Path | None
+    recipe: Recipe | None = None
+    overrides: tuple[str, ...] = ()
+    seed: int = 0
+
+
+def exported(
+    run: str | None, name: str | None, method: str | None, overrides: Sequence[str], seed: int, random: bool
+) -> Exported:
+    """What to pack: `run`, the id of a finished run or the path of its weights; or that of recipe `name` with `seed`.
+
+    Raises: BdmError if there is none, neither or both are given, or random weights are asked for without a recipe.
+    """
+    if random:
+        if name is None or run is not None:
+            raise BdmError("--random takes a recipe alone.\n  e.g. bdm export --recipe bedrooms-w1a4 --random -o FILE")
+        return Exported(None, recipes.load(name, overrides, method), seed=seed)
+    if (run is None) == (name is None):
+        raise BdmError("give either RUN or --recipe NAME (with --seed).\n  e.g. bdm export digits-w1a4-s0 -o FILE")
+    if run is not None and (os.sep in run or run.endswith(".safetensors")):
+        path = Path(run)
+        if not path.is_file():
+            raise BdmError(f"there is no file {path}.\n  give a finished run's id, or the path of its weights")
+        return Exported(path, overrides=tuple(overrides))
+    spec, run_id = runs.target(run, name, method, overrides, seed)
+    return Exported(runs.weights(run_id), spec)
+
+
 def source(text: str, overrides: Sequence[str] = ()) -> Source:
     """What `text` names: a finished run (its id, or its folder below runs/), a recipe (its data set), else files.
 

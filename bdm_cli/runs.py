@@ -57,6 +57,14 @@ def recipe_copy(run_id: str) -> Path:
 
 def samples_npz(spec: Recipe, run_id: str) -> Path:
     """The images that spec.sample makes of a run; grid.png and the shards under way lie beside it."""
+    trained = spec
+    if spec.first_stage is not None and recipe_copy(run_id).exists():
+        trained = stored_recipe(run_id)
+    return run_dir(run_id) / "samples" / samples_name(spec, trained)
+
+
+def samples_name(spec: Recipe, trained: Recipe) -> Path:
+    """Folder and file of images: what spec.sample decides, and if the first stage is not that of `trained`."""
     s = spec.sample
     parts = [f"{s.sampler}{s.steps}-eta{s.eta:g}-{s.to_bytes}"]
     if s.spacing != "uniform":
@@ -66,12 +74,10 @@ def samples_npz(spec: Recipe, run_id: str) -> Path:
     if s.classes or s.prompts:
         told = json.dumps([s.classes, s.prompts])
         parts.append(f"of-{hashlib.sha256(told.encode()).hexdigest()[:8]}")
-    if spec.first_stage is not None and recipe_copy(run_id).exists():
-        trained = stored_recipe(run_id).first_stage
-        if trained is not None and trained.path != spec.first_stage.path:
-            parts.append(f"by-{hashlib.sha256(spec.first_stage.path.encode()).hexdigest()[:8]}")
-    folder = run_dir(run_id) / "samples" / "-".join(parts)
-    return folder / f"samples-{s.n_images}.npz"
+    stages = [recipe.first_stage for recipe in (spec, trained)]
+    if None not in stages and stages[0].path != stages[1].path:
+        parts.append(f"by-{hashlib.sha256(stages[0].path.encode()).hexdigest()[:8]}")
+    return Path("-".join(parts)) / f"samples-{s.n_images}.npz"
 
 
 def seed(run_id: str) -> int:
@@ -121,14 +127,18 @@ def target(
     return recipe.of_run(stored, overrides, like, plain), run_id
 
 
-@contextlib.contextmanager
-def claim(run_id: str) -> Iterator[Path]:
-    """Hold a run directory for this process alone; the claim ends with the process, however it ends.
+def claim(run_id: str) -> contextlib.AbstractContextManager[Path]:
+    """Hold a run directory; see claim_folder."""
+    return claim_folder(run_dir(run_id), f"run '{run_id}'")
 
-    The first process of a distributed training claims it for all.
+
+@contextlib.contextmanager
+def claim_folder(folder: Path, what: str) -> Iterator[Path]:
+    """Hold a directory for this process alone; the claim ends with the process, however it ends.
+
+    The first process of a distributed launch claims it for all.
     Raises: BdmError if the directory cannot be written or another process holds it.
     """
-    folder = run_dir(run_id)
     if os.environ.get("RANK", "0") != "0":
         yield folder
         return
@@ -137,7 +147,7 @@ def claim(run_id: str) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BdmError(
-                f"run '{run_id}' is being worked on by another process ({folder}).\n"
+                f"{what} is being worked on by another process ({folder}).\n"
                 "  wait for it, stop it, or use another --seed"
             ) from None
         yield folder

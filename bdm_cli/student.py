@@ -8,13 +8,16 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from torch import nn
+from torch import Tensor, nn
 
 from bdm_cli import methods, recipe, records, runs, tensorfile
 from bdm_cli.diffusion.models import build_unet, load_strictly, load_teacher
 from bdm_cli.errors import BdmError
 from bdm_cli.methods.base import Method
-from bdm_cli.recipe import Recipe
+from bdm_cli.packed import pack
+from bdm_cli.packed.layers import unpack_
+from bdm_cli.packed.pack import Packed
+from bdm_cli.recipe import Model, Recipe
 
 PATIENCE = datetime.timedelta(days=7)
 """How long processes wait for each other: one may have hours of sampling or encoding left."""
@@ -91,3 +94,37 @@ def load_run(run_id: str) -> Loaded:
     """The finished student of a run. Raises: BdmError if there is none."""
     runs.existing(run_id)
     return load(runs.weights(run_id))
+
+
+def unpacked(packed: Packed, path: Path) -> nn.Module:
+    """The network of a packed file (at `path`), frozen and in eval mode; an fp32 copy of its bits never exists.
+
+    Raises: BdmError if the file does not fit the network of its own recipe.
+    """
+    with torch.device("meta"):
+        unet = build_unet(packed.header.recipe.unet)
+    try:
+        unpack_(unet, packed)
+    except ValueError as error:
+        raise BdmError(f"{path} does not fit the network of its own recipe: {error}.\n  {pack.AGAIN}") from None
+    return unet.eval().requires_grad_(False)
+
+
+def random_finished(spec: Recipe, seed: int) -> nn.Module:
+    """A student as after training, of random weights, to measure size and speed. It stands in for its own teacher."""
+    built = build(spec.model_copy(update={"model": Model(pretrained="")}), seed)
+    unet, method = built.student.eval(), built.method
+    inputs = random_inputs(spec, 1, torch.Generator().manual_seed(seed))
+    method.calibrate_(unet, unet, [inputs])
+    method.on_step_(unet, spec.train.steps, spec.train.steps)
+    return unet
+
+
+def random_inputs(spec: Recipe, n: int, random: torch.Generator) -> tuple[Tensor, ...]:
+    """n inputs of the recipe's U-Net, the positional arguments of its forward: noise, times, condition."""
+    arguments = spec.unet.arguments
+    x = torch.randn(n, arguments["in_channels"], arguments["sample_size"], arguments["sample_size"], generator=random)
+    t = torch.randint(spec.scheduler.n_timesteps, (n,), generator=random)
+    text = torch.zeros(n, 1, arguments.get("cross_attention_dim", 0))
+    contexts = {"none": (), "classes": (torch.arange(n) % max(spec.unet.n_classes, 1),), "text": (text,)}
+    return x, t, *contexts[spec.unet.condition]

@@ -103,6 +103,8 @@ def test_every_command_has_help_with_an_example(bdm):
         "pretrain",
         "train",
         "sample",
+        "export",
+        "inspect",
         "evaluate",
         "ablate",
         "efficiency",
@@ -339,7 +341,10 @@ def test_nan_stops_with_the_checkpoint_kept(bdm, tiny_teacher):
     assert runs.checkpoint("tiny-w1a4+train.grad_clip=0+train.lr=1e+30-s0").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"], ["evaluate", "nowhere"], ["evaluate"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["evaluate", "--help"], ["evaluate", "nowhere"], ["evaluate"], ["export", "no-s0", "-o", "x"]],
+)
 def test_help_and_plain_mistakes_are_quick_because_they_load_no_torch(arguments):
     script = f"import sys; sys.argv = {['bdm', *arguments]}\nfrom bdm_cli.cli import entry\n"
     script += "try:\n  entry()\nexcept SystemExit:\n  pass\n"

@@ -1,16 +1,32 @@
-"""`bdm sample`: a run's images, in shards that survive a kill, as an ADM-style npz and a grid."""
+"""`bdm sample`: images of a run or of a packed file, in shards that survive a kill, as an ADM-style npz and a grid."""
 
 import time
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import nn
 
-from bdm_cli import output, runs, student
+from bdm_cli import output, recipe, runs, student
 from bdm_cli.diffusion import conditions, first_stage, sampling
+from bdm_cli.packed import pack
 from bdm_cli.recipe import Recipe
 
 GRID_IMAGES = 64
+
+
+class Source(NamedTuple):
+    """What images are drawn from. npz: where they go; network: builds the U-Net, on `device`."""
+
+    name: str
+    spec: Recipe
+    seed: int
+    npz: Path
+    device: torch.device
+    network: Callable[[], nn.Module]
 
 
 def run(spec: Recipe, run_id: str) -> Path:
@@ -22,28 +38,68 @@ def run(spec: Recipe, run_id: str) -> Path:
     Raises: BdmError if the run is not finished, or an input is missing or damaged.
     """
     runs.existing(run_id)
-    path = runs.samples_npz(spec, run_id)
+    device = student.processes().device
+    return _drawn(
+        Source(
+            run_id,
+            spec,
+            runs.seed(run_id),
+            runs.samples_npz(spec, run_id),
+            device,
+            lambda: student.load_run(run_id).student.to(device),
+        )
+    )
+
+
+def run_packed(path: Path, overrides: Sequence[str] = (), seed: int | None = None, out: Path | None = None) -> Path:
+    """As `run`, of a packed file and nothing else (the first stage and a text encoder apart); on the CPU.
+
+    overrides: sample.*, and where inputs lie. seed: None = the student's. out: None = beside the file. The images'
+    folder is named by the file and its content, then as a run's.
+    Raises: BdmError also if the file is damaged or none of ours.
+    """
+    packed = pack.read(path)
+    header = packed.header
+    spec = recipe.of_run(header.recipe, overrides)
+    if header.random:
+        output.say(f"{path.name}: its weights are random; the images show nothing")
+    folder = (out or path.parent) / f"{path.stem}-{pack.digest(packed)[:8]}"
+    if seed not in (None, header.seed):
+        folder /= f"seed{seed}"
+    return _drawn(
+        Source(
+            path.name,
+            spec,
+            header.seed if seed is None else seed,
+            folder / runs.samples_name(spec, header.recipe),
+            torch.device("cpu"),
+            lambda: student.unpacked(packed, path),
+        )
+    )
+
+
+def _drawn(source: Source) -> Path:
+    path = source.npz
     if path.exists():
-        output.say(f"{run_id}: {spec.sample.n_images} images are there already: {path}")
+        output.say(f"{source.name}: {source.spec.sample.n_images} images are there already: {path}")
         return path
-    with runs.claim(f"{run_id}/samples/{path.parent.name}"):
-        student.use_threads(spec)
-        return _sample(spec, run_id, path)
+    with runs.claim_folder(path.parent, f"the samples of {source.name}"):
+        student.use_threads(source.spec)
+        return _sample(source)
 
 
-def _sample(spec: Recipe, run_id: str, path: Path) -> Path:
-    s, seed, processes = spec.sample, runs.seed(run_id), student.processes()
-    start = time.monotonic()
-    stage = None if spec.first_stage is None else first_stage.load(spec.first_stage).to(processes.device)
-    condition = conditions.of_recipe(spec, processes.device)
-    unet = student.load_run(run_id).student.to(processes.device)
-    draw = sampling.of_recipe(spec, unet, condition, stage, s.batch, seed)
+def _sample(source: Source) -> Path:
+    spec, seed, path = source.spec, source.seed, source.npz
+    s, processes, start = spec.sample, student.processes(), time.monotonic()
+    stage = None if spec.first_stage is None else first_stage.load(spec.first_stage).to(source.device)
+    condition = conditions.of_recipe(spec, source.device)
+    draw = sampling.of_recipe(spec, source.network(), condition, stage, s.batch, seed)
     shards = [range(first, min(first + s.shard, s.n_images)) for first in range(0, s.n_images, s.shard)]
     processes.wait_for_everyone()  # all see the same shards as missing
     missing = [shard for shard in shards if not _shard_path(path.parent, shard).exists()]
     processes.wait_for_everyone()
     mine = missing[processes.process_index :: processes.num_processes]
-    with output.progress(f"sampling {run_id}", sum(map(len, mine)), "images") as advance:
+    with output.progress(f"sampling {source.name}", sum(map(len, mine)), "images") as advance:
         for shard in mine:
             made = []
             for first in range(shard.start, shard.stop, s.batch):
@@ -60,7 +116,7 @@ def _sample(spec: Recipe, run_id: str, path: Path) -> Path:
         runs.write_whole(path, lambda temporary: _write_npz(temporary, files, s.n_images, labels))
         for file in files:
             file.unlink()
-        output.say(f"{run_id}: {s.n_images} images in {time.monotonic() - start:.0f} s: {path}")
+        output.say(f"{source.name}: {s.n_images} images in {time.monotonic() - start:.0f} s: {path}")
     processes.wait_for_everyone()
     return path
 

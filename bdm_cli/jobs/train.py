@@ -115,16 +115,11 @@ def real_batches(spec: Recipe, seed: int) -> tuple[Batches, str]:
 
 def random_batches(spec: Recipe) -> Batches:
     """Random latents of the network's input shape, for rehearsals."""
-    arguments = spec.unet.arguments
-    n, shape = spec.train.batch, (arguments["in_channels"], arguments["sample_size"], arguments["sample_size"])
-    text = torch.zeros(n, 1, arguments.get("cross_attention_dim", 0))
-    contexts = {"none": (), "classes": (torch.arange(n) % max(spec.unet.n_classes, 1),), "text": (text,)}
 
     def batch(step: int) -> Batch:
         random = torch.Generator().manual_seed(step)
-        x, noise = torch.randn(n, *shape, generator=random), torch.randn(n, *shape, generator=random)
-        t = torch.randint(spec.scheduler.n_timesteps, (n,), generator=random)
-        return Batch((x, t, *contexts[spec.unet.condition]), noise)
+        inputs = student.random_inputs(spec, spec.train.batch, random)
+        return Batch(inputs, torch.randn(inputs[0].shape, generator=random))
 
     return batch
 

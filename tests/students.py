@@ -1,0 +1,40 @@
+"""Finished students of the tiny recipes without training, packed or as runs."""
+
+import torch
+from torch import nn
+
+from bdm_cli import runs, student
+from bdm_cli.diffusion.sampling import times
+from bdm_cli.packed import pack
+from bdm_cli.packed.pack import Packed
+from bdm_cli.recipe import Model, Recipe
+
+
+def finished(spec: Recipe, evolved: bool = True) -> nn.Module:
+    """A student of random weights. Every parameter is moved a little, so that none is where it started.
+
+    evolved: as at the end of the training; else as at its beginning (EBB: with two bases).
+    """
+    built = student.build(spec.model_copy(update={"model": Model(pretrained="")}), 0)
+    unet = built.student.eval()
+    built.method.calibrate_(unet, unet, [student.random_inputs(spec, 2, torch.Generator().manual_seed(0))])
+    if evolved:
+        built.method.on_step_(unet, spec.train.steps, spec.train.steps)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.mul_(1 + 0.05 * torch.rand_like(parameter)).add_(1e-3 * torch.randn_like(parameter))
+    return unet.requires_grad_(False)
+
+
+def packed(spec: Recipe, unet: nn.Module, half: bool = False) -> Packed:
+    s = spec.sample
+    return pack.pack(unet, spec, 0, 6, times(s.sampler, spec.scheduler, s.steps, s.spacing), half)
+
+
+def run_of(spec: Recipe, unet: nn.Module, seed: int = 0, step: int | None = None) -> str:
+    """Writes the student as a finished run; returns its id. step: None = all."""
+    run_id = spec.run_id(seed)
+    runs.write_text(runs.recipe_copy(run_id), spec.model_dump_json())
+    student.save(runs.weights(run_id), unet, spec, seed, spec.train.steps if step is None else step)
+    return run_id
