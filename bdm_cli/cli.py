@@ -228,6 +228,9 @@ def sample(
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed; default: 0, or the packed model's.")] = None,
     packed: Annotated[Path | None, typer.Option("--packed", help="A file of `bdm export`, in place of a run.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for --packed; default: the file's.")] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="With --packed: fused blocks; images that are as good, not all the same.")
+    ] = False,
 ) -> None:
     """Make the images of a finished run, or of a packed model: shards, then one ADM-style npz and a PNG grid.
 
@@ -246,6 +249,8 @@ def sample(
     if packed is None:
         if out is not None:
             raise BdmError("--out is for --packed; a run's images lie in its folder.\n  leave out --out")
+        if fast:
+            raise BdmError("--fast is for --packed: a run simulates its bits.\n  export it first: bdm export")
         spec, run_id = runs.target(run, recipe, method, asked, seed or 0)
         from bdm_cli.jobs import sample
 
@@ -255,7 +260,7 @@ def sample(
         raise BdmError("--packed is a model of its own.\n  leave out --run, --recipe and --method")
     from bdm_cli.jobs import sample
 
-    print(sample.run_packed(packed, asked, seed, out))
+    print(sample.run_packed(packed, asked, seed, out, fast))
 
 
 @app.command()

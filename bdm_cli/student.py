@@ -15,6 +15,7 @@ from bdm_cli.diffusion.models import build_unet, load_strictly, load_teacher
 from bdm_cli.errors import BdmError
 from bdm_cli.methods.base import Method
 from bdm_cli.packed import pack
+from bdm_cli.packed.fusion import fuse_
 from bdm_cli.packed.layers import unpack_
 from bdm_cli.packed.pack import Packed
 from bdm_cli.recipe import Model, Recipe
@@ -96,9 +97,10 @@ def load_run(run_id: str) -> Loaded:
     return load(runs.weights(run_id))
 
 
-def unpacked(packed: Packed, path: Path) -> nn.Module:
+def unpacked(packed: Packed, path: Path, fused: bool = False) -> nn.Module:
     """The network of a packed file (at `path`), frozen and in eval mode; an fp32 copy of its bits never exists.
 
+    fused: with fused blocks, which are faster and round otherwise (packed/fusion.py).
     Raises: BdmError if the file does not fit the network of its own recipe.
     """
     with torch.device("meta"):
@@ -107,6 +109,8 @@ def unpacked(packed: Packed, path: Path) -> nn.Module:
         unpack_(unet, packed)
     except ValueError as error:
         raise BdmError(f"{path} does not fit the network of its own recipe: {error}.\n  {pack.AGAIN}") from None
+    if fused:
+        fuse_(unet)
     return unet.eval().requires_grad_(False)
 
 

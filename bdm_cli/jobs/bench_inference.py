@@ -1,8 +1,8 @@
 """`bdm bench inference`: packed layers and a whole packed step beside fp32 and int8 of others, on this machine.
 
 The twin of BinaryDM's Table 16. Everything is timed from fp32 input to fp32 output: quantizing, packing, padding and
-rescaling included. Contenders take turns; in a turn each runs once untimed and then some times more. Of fp32 the
-fastest counts: PyTorch in both memory formats, and ONNX Runtime if it is installed.
+rescaling included. Contenders take turns, in which each first runs untimed. Of fp32 the fastest
+counts: PyTorch in both memory formats, and ONNX Runtime if it is installed.
 """
 
 import importlib.util
@@ -26,18 +26,17 @@ from bdm_cli import recipe as recipes
 from bdm_cli.diffusion.models import build_unet, estimate_noise
 from bdm_cli.metrics import cost
 from bdm_cli.packed import ops, pack
-from bdm_cli.packed.fusion import fuse_
-from bdm_cli.packed.pack import Packed
 from bdm_cli.recipe import Recipe
 
 NETWORK = "bedrooms-w1a4"
 """LDM-4, the network of Table 16; its other bits are `method.activation_bits`."""
 
-CALLS = 3
-"""Timed calls in a turn."""
+WARM_S, TIMED_S = 0.03, 0.06
+"""Length of a turn's two parts, of at least one call each: untimed, until caches are a contender's own and the threads
+of the last one have stopped waiting for work; then timed."""
 
-REST_S = 0.01
-"""Pause between turns, until the threads of the last contender have stopped waiting for work."""
+STEPS = 3
+"""Steps that are taken apart by operator."""
 
 MEAN = "geometric mean"
 PAPER_BITS = 4
@@ -95,6 +94,7 @@ def layers(
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
+    ops.keep_memory()  # for all contenders
     try:
         with output.progress("layers", len(shapes) * rounds, "rounds") as advance, torch.inference_mode():
             rows = [row for shape in shapes for row in _layer(shape, bits, bases, rounds, advance)]
@@ -154,18 +154,24 @@ def _layer(
 
 
 def _in_turn(contenders: dict[str, Contender], rounds: int, advance: Callable[[int], None]) -> dict[str, list[float]]:
-    """Seconds of CALLS calls in each of `rounds` rounds."""
+    """Seconds of one call, the median of each of `rounds` turns."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, work in contenders.items():
-            time.sleep(REST_S)
-            work()
-            for _ in range(CALLS):
-                start = time.perf_counter()
-                work()
-                found[name].append(time.perf_counter() - start)
+            _calls(work, WARM_S)
+            found[name].append(statistics.median(_calls(work, TIMED_S)))
         advance(1)
     return found
+
+
+def _calls(work: Contender, seconds: float) -> list[float]:
+    """How long each call took, for so long in all."""
+    took: list[float] = []
+    while sum(took) < seconds:
+        start = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - start)
+    return took
 
 
 def _packed(shape: Conv, bits: int, bases: int, layout: str) -> Contender:
@@ -179,7 +185,7 @@ def _packed(shape: Conv, bits: int, bases: int, layout: str) -> Contender:
     arguments = ([k, k], [shape.stride] * 2, [shape.padding] * 2, bits, 0.3, 0.0, float(low))
 
     def work() -> Tensor:
-        y = torch.ops.bdm.conv2d(x, weight, sigma, bias, *arguments)
+        y = torch.ops.bdm.conv2d.default(x, weight, sigma, bias, *arguments)
         return y if bases == 1 else y.unflatten(1, (bases, -1)).sum(1)
 
     return work
@@ -275,6 +281,7 @@ def step(bits: int, rounds: int, threads: int | None, network: str = NETWORK) ->
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
+    ops.keep_memory()
     spec = recipes.load(network, [f"method.activation_bits={bits}"])
     inputs = student.random_inputs(spec, 1, torch.Generator().manual_seed(0))
     try:
@@ -286,7 +293,7 @@ def step(bits: int, rounds: int, threads: int | None, network: str = NETWORK) ->
             del finished
             packed = pack.read(path)
             unets = {
-                "packed": _fused(packed, path),
+                "packed": student.unpacked(packed, path, fused=True),
                 "plain": student.unpacked(packed, path),
                 "full": build_unet(spec.unet).eval(),
                 "last": build_unet(spec.unet).eval().to(memory_format=torch.channels_last),
@@ -350,9 +357,9 @@ def _split(work: Contender, bits: int) -> pd.DataFrame:
     """Where a step's time goes, by operator; 'edges and the rest': the 8-bit layers and all small operators."""
     work()
     with profile(activities=[ProfilerActivity.CPU]) as found:
-        for _ in range(CALLS):
+        for _ in range(STEPS):
             work()
-    own = {event.key: event.self_cpu_time_total / 1e3 / CALLS for event in found.key_averages()}
+    own = {event.key: event.self_cpu_time_total / 1e3 / STEPS for event in found.key_averages()}
     rows = [(part, sum(own.pop(key, 0.0) for key in keys)) for part, keys in PARTS.items()]
     rows.append(("edges and the rest", sum(own.values())))
     whole = sum(ms for _, ms in rows)
@@ -365,15 +372,9 @@ def _split(work: Contender, bits: int) -> pd.DataFrame:
     return table
 
 
-def _fused(packed: Packed, path: Path) -> nn.Module:
-    unet = student.unpacked(packed, path)
-    fuse_(unet)
-    return unet
-
-
 def _run_packed(path: Path, inputs: tuple[Tensor, ...], threads: int) -> None:
     torch.set_num_threads(threads)
-    unet = _fused(pack.read(path), path)
+    unet = student.unpacked(pack.read(path), path, fused=True)
     with torch.inference_mode():
         estimate_noise(unet, *inputs)
 

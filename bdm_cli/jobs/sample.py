@@ -12,7 +12,7 @@ from torch import nn
 
 from bdm_cli import output, recipe, runs, student
 from bdm_cli.diffusion import conditions, first_stage, sampling
-from bdm_cli.packed import pack
+from bdm_cli.packed import ops, pack
 from bdm_cli.recipe import Recipe
 
 GRID_IMAGES = 64
@@ -51,19 +51,23 @@ def run(spec: Recipe, run_id: str) -> Path:
     )
 
 
-def run_packed(path: Path, overrides: Sequence[str] = (), seed: int | None = None, out: Path | None = None) -> Path:
+def run_packed(
+    path: Path, overrides: Sequence[str] = (), seed: int | None = None, out: Path | None = None, fast: bool = False
+) -> Path:
     """As `run`, of a packed file and nothing else (the first stage and a text encoder apart); on the CPU.
 
     overrides: sample.*, and where inputs lie. seed: None = the student's. out: None = beside the file. The images'
-    folder is named by the file and its content, then as a run's.
+    folder is named by the file and its content, then as a run's. fast: with fused blocks (packed/fusion.py), whose
+    rounding is another: most images are the same, some are others as good.
     Raises: BdmError also if the file is damaged or none of ours.
     """
+    ops.keep_memory()
     packed = pack.read(path)
     header = packed.header
     spec = recipe.of_run(header.recipe, overrides)
     if header.random:
         output.say(f"{path.name}: its weights are random; the images show nothing")
-    folder = (out or path.parent) / f"{path.stem}-{pack.digest(packed)[:8]}"
+    folder = (out or path.parent) / f"{path.stem}-{pack.digest(packed)[:8]}{'-fast' if fast else ''}"
     if seed not in (None, header.seed):
         folder /= f"seed{seed}"
     return _drawn(
@@ -73,7 +77,7 @@ def run_packed(path: Path, overrides: Sequence[str] = (), seed: int | None = Non
             header.seed if seed is None else seed,
             folder / runs.samples_name(spec, header.recipe),
             torch.device("cpu"),
-            lambda: student.unpacked(packed, path),
+            lambda: student.unpacked(packed, path, fast),
         )
     )
 

@@ -116,7 +116,7 @@ class PackedConv2d(_PackedLayer):
         bias = self.bias
         if more is not None:
             bias = F.pad(more, (0, len(self.sigma) - self.outputs)) + (0 if bias is None else bias)
-        y = torch.ops.bdm.conv2d(
+        y = torch.ops.bdm.conv2d.default(
             x, self.arranged, self.sigma, bias, *self.place, self.bits, self.step, self.zero, self.low, None, gain,
             shift, silu, residual if self.bases == 1 else None,
         )  # fmt: skip
@@ -135,7 +135,7 @@ class PackedLinear(_PackedLayer):
     def forward(self, x: Tensor, before: tuple[Tensor, Tensor] | None = None, residual: Tensor | None = None) -> Tensor:
         """before: (gain, shift) [N, C]: x [N, L, C] is first replaced by gain x + shift. residual is added to y."""
         gain, shift = before or (None, None)
-        y = torch.ops.bdm.linear(
+        y = torch.ops.bdm.linear.default(
             x, self.arranged, self.sigma, self.bias, self.bits, self.step, self.zero, self.low, None, gain, shift,
             residual if self.bases == 1 else None,
         )  # fmt: skip

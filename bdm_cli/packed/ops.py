@@ -77,9 +77,7 @@ class _Path(ctypes.Structure):
         ("arrange", ctypes.CFUNCTYPE(None, ctypes.POINTER(_Shape), ctypes.c_void_p, ctypes.c_void_p)),
         (
             "convolve",
-            ctypes.CFUNCTYPE(
-                ctypes.c_int, ctypes.POINTER(_Shape), ctypes.POINTER(_Input), *[ctypes.c_void_p] * 5, ctypes.c_int
-            ),
+            ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 7, ctypes.c_int),
         ),
     ]
 
@@ -121,6 +119,16 @@ def library() -> Library:
     if attention:
         attention.argtypes = [*[pointer] * 3, *[integer] * 5, real, pointer, integer]
     return Library(found, "", affine, attention)
+
+
+def keep_memory() -> None:
+    """Let this process's allocator keep what networks free (glibc's only). Otherwise the room of a large layer's output
+    goes back to the system and is taken again, page by page, with every call: a tenth of a packed step's time."""
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt"):
+        trim_threshold, mmap_threshold, most = -1, -3, 2**30
+        allocator.mallopt(mmap_threshold, most)
+        allocator.mallopt(trim_threshold, most)
 
 
 @functools.cache
@@ -240,7 +248,7 @@ def conv2d(
         return y.copy_(_after(found, None if bias is None else bias[..., None, None], residual))
     x = x if last else x.contiguous()
     n, c, h, w = x.shape
-    shape = _Shape(n, c, h, w, sigma.numel(), *kernel, *stride, *padding, bits, int(zero - low), int(last))
+    shape = (n, c, h, w, sigma.numel(), *kernel, *stride, *padding, bits, int(zero - low), int(last))
     _convolve(shape, x, weight, sigma, bias, y, step, zero, low, threshold, gain, shift, silu, residual)
     return y
 
@@ -260,7 +268,7 @@ def linear(
     x = x.contiguous()
     y = x.new_empty(size)
     n, rows = (1, x.numel() // max(1, x.shape[-1])) if gain is None else x.shape[:2]
-    shape = _Shape(n, x.shape[-1], 1, rows, sigma.numel(), 1, 1, 1, 1, 0, 0, bits, int(zero - low), 1)
+    shape = (n, x.shape[-1], 1, rows, sigma.numel(), 1, 1, 1, 1, 0, 0, bits, int(zero - low), 1)
     residual = None if residual is None else residual.contiguous()
     _convolve(shape, x, weight, sigma, bias, y, step, zero, low, threshold, gain, shift, False, residual)
     return y
@@ -320,28 +328,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tens
     return F.scaled_dot_product_attention(*parts, scale=scale).transpose(1, 2).flatten(2)
 
 
+@functools.lru_cache(4096)
+def _described(*values: int) -> tuple[_Shape, int]:
+    """A call's shape, made once, and its address."""
+    shape = _Shape(*values)
+    return shape, ctypes.addressof(shape)
+
+
 def _convolve(
-    shape: _Shape, x: Tensor, weight: Tensor, sigma: Tensor, bias: Tensor | None, y: Tensor, step: float, zero: float,
-    low: float, threshold: Tensor | None, gain: Tensor | None, shift: Tensor | None, silu: bool,
+    shape: tuple[int, ...], x: Tensor, weight: Tensor, sigma: Tensor, bias: Tensor | None, y: Tensor, step: float,
+    zero: float, low: float, threshold: Tensor | None, gain: Tensor | None, shift: Tensor | None, silu: bool,
     residual: Tensor | None,
 ) -> None:  # fmt: skip
     if not y.numel():
         return
     if x.dtype != torch.float32:
         raise ValueError(f"x must be fp32, not {x.dtype}")
-    given = {"sigma": sigma, "bias": bias, "threshold": threshold, "gain": gain, "shift": shift}
-    for name, tensor in given.items():
+    for tensor in (sigma, bias, threshold, gain, shift):
         if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
-            raise ValueError(f"{name} must be contiguous fp32, not {tensor.dtype} with strides {tensor.stride()}")
+            raise ValueError(
+                "sigma, bias, threshold, gain and shift must be contiguous fp32, "
+                f"not {tensor.dtype} with strides {tensor.stride()}"
+            )
     if residual is not None and residual.shape != y.shape:
         raise ValueError(f"residual {tuple(residual.shape)} is not shaped as the result, {tuple(y.shape)}")
-    per_image = int(bias is not None and bias.dim() == 2)
+    per_image = bias is not None and bias.dim() == 2
     settings = _Input(
-        step, zero, low, *(_pointer(t) for t in (threshold, gain, shift)), int(silu), per_image, _pointer(residual)
+        step, zero, low, _pointer(threshold), _pointer(gain), _pointer(shift), silu, per_image, _pointer(residual)
     )
     failed = library().paths[path()].convolve(
-        shape, settings, x.data_ptr(), weight.data_ptr(), _pointer(sigma), _pointer(bias), y.data_ptr(),
-        torch.get_num_threads(),
+        _described(*shape)[1], ctypes.addressof(settings), x.data_ptr(), weight.data_ptr(), sigma.data_ptr(),
+        _pointer(bias), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory for the packed convolution's tables")

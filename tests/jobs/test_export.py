@@ -155,6 +155,22 @@ def test_options_of_the_sampling(file: Path, bdm: Bdm, tmp_path: Path):
     assert "5 images are there already" in err
 
 
+def test_fast_sampling_has_a_folder_of_its_own_and_nearly_the_same_images(file: Path, run: str, bdm: Bdm):
+    made = []
+    for options in ((), ("--fast",)):
+        code, text, err = bdm("sample", "--packed", str(file), "-n", "8", *options)
+        assert code == 0, err
+        made.append(Path(text.strip()))
+    assert made[1].parents[1].name == f"{made[0].parents[1].name}-fast"
+    exact, fast = (np.load(path)["arr_0"].astype(int) for path in made)
+    assert exact.shape == fast.shape
+    assert np.abs(exact - fast).mean() < 10  # grey levels; images of other noise differ by far more
+    assert np.abs(exact - exact[::-1]).mean() > 20
+    code, _, err = bdm("sample", "--run", run, "--fast")
+    assert code == 2
+    assert "--fast is for --packed" in err
+
+
 def test_another_model_under_the_same_name_gets_images_of_its_own(file: Path, run: str, bdm: Bdm):
     first = bdm("sample", "--packed", str(file), "-n", "2")[1]
     file.unlink()

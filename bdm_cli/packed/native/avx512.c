@@ -89,15 +89,15 @@ static inline void fill_tables(const uint8_t *u, int plane, int planes, int tabl
 /* One pixel, three steps, 64 output channels: sums in registers a and b; indices in zmm16..21, ones in zmm22. */
 #define PIXEL_64(p, a, b) \
     "vmovdqa64 64*" #p "(%%r8,%[left]),%%zmm23\n" \
-    "vmovdqa64 64*" #p "(%%r9,%[left]),%%zmm24\n" \
-    "vmovdqa64 64*" #p "(%%r10,%[left]),%%zmm25\n" \
     "vpermb %%zmm23,%%zmm16,%%zmm26\n vpermb %%zmm23,%%zmm17,%%zmm27\n" \
+    "vmovdqa64 64*" #p "(%%r9,%[left]),%%zmm24\n" \
     "vpermb %%zmm24,%%zmm18,%%zmm28\n vpermb %%zmm24,%%zmm19,%%zmm29\n" \
+    "vmovdqa64 64*" #p "(%%r10,%[left]),%%zmm25\n" \
     "vpermb %%zmm25,%%zmm20,%%zmm30\n vpermb %%zmm25,%%zmm21,%%zmm31\n" \
     "vpaddusb %%zmm26,%%zmm28,%%zmm26\n vpaddusb %%zmm27,%%zmm29,%%zmm27\n" \
     "vpaddusb %%zmm26,%%zmm30,%%zmm26\n vpaddusb %%zmm27,%%zmm31,%%zmm27\n" \
-    "vpmaddubsw %%zmm22,%%zmm26,%%zmm26\n vpmaddubsw %%zmm22,%%zmm27,%%zmm27\n" \
-    "vpaddusw %%zmm26,%%zmm" #a ",%%zmm" #a "\n vpaddusw %%zmm27,%%zmm" #b ",%%zmm" #b "\n"
+    "vpmaddubsw %%zmm22,%%zmm26,%%zmm26\n vpaddusw %%zmm26,%%zmm" #a ",%%zmm" #a "\n" \
+    "vpmaddubsw %%zmm22,%%zmm27,%%zmm27\n vpaddusw %%zmm27,%%zmm" #b ",%%zmm" #b "\n"
 
 /* The compiler's register allocator would spill this loop; written out, it keeps the permute units busy. */
 __attribute__((noinline)) static void kernel_64(const uint8_t *const *points, const uint8_t *indices, long joins,

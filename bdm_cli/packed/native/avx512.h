@@ -26,18 +26,17 @@ static inline quantizer_512 make_quantizer(const bdm_shape *s, const bdm_input *
    divided. NaN gives 0. */
 static inline void levels_512(const quantizer_512 *q, const __m512 x[4], __m512i u[4]) {
     const __m512 none = _mm512_setzero_ps();
-    __m512 r[4], far = none;
+    __m512 far = none; /* the largest distance to a whole number */
     for (int i = 0; i < 4; i++) {
-        __m512 v = _mm512_min_ps(_mm512_max_ps(_mm512_fmadd_ps(x[i], q->inverse, q->offset), none), q->high);
-        r[i] = _mm512_roundscale_ps(v, 0);
-        far = _mm512_max_ps(far, _mm512_abs_ps(_mm512_sub_ps(v, r[i])));
+        const __m512 v = _mm512_min_ps(_mm512_max_ps(_mm512_fmadd_ps(x[i], q->inverse, q->offset), none), q->high);
+        far = _mm512_range_ps(far, _mm512_reduce_ps(v, 0), 0x0B);
+        u[i] = _mm512_cvtps_epi32(v);
     }
     if (__builtin_expect(_mm512_cmp_ps_mask(far, q->unclear, _CMP_GT_OQ), 0))
         for (int i = 0; i < 4; i++) {
-            __m512 v = _mm512_roundscale_ps(_mm512_add_ps(_mm512_div_ps(x[i], q->step), q->zero), 0);
-            r[i] = _mm512_min_ps(_mm512_max_ps(_mm512_sub_ps(v, q->low), none), q->high);
+            const __m512 v = _mm512_roundscale_ps(_mm512_add_ps(_mm512_div_ps(x[i], q->step), q->zero), 0);
+            u[i] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(_mm512_sub_ps(v, q->low), none), q->high));
         }
-    for (int i = 0; i < 4; i++) u[i] = _mm512_cvtps_epi32(r[i]);
 }
 
 static inline __mmask16 first_16(int n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }

@@ -21,13 +21,17 @@
 
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#define LARGE_PAGE ((size_t)2 << 20)
 #define UNITS 3           /* of the largest block of output channels */
 #ifndef NEAR
-#define NEAR (14 << 10)   /* bytes of tables to keep in the first cache */
+#define NEAR (18 << 10)   /* bytes of tables to keep in the first cache */
 #endif
 
 typedef struct {
@@ -55,10 +59,11 @@ static plan make_plan(const bdm_shape *s) {
     p.units = up(s->k, UNIT);
     p.blocks = p.units < 2 ? 1 : p.units / 2;
     p.unit_size = (size_t)p.steps * UNIT_INDEX;
-    const int near = NEAR / (TABLE * s->kh * ((PIXELS - 1) * s->sw + s->kw)); /* tables of all a tile's pixels */
+    /* of all a tile's pixels; without other taps they are read less often, and calls of the kernel count for more */
+    const int near = NEAR * (p.taps == 1 ? 2 : 1) / (TABLE * s->kh * ((PIXELS - 1) * s->sw + s->kw));
     p.chunk = up((near ? near : 1) * p.taps, JOIN) * JOIN;
     if (p.chunk > LIMIT) p.chunk = LIMIT;
-    p.group = LIMIT / p.chunk * p.chunk;
+    p.group = p.steps <= LIMIT ? p.steps : LIMIT / p.chunk * p.chunk;
     return p;
 }
 
@@ -81,15 +86,19 @@ static void arrange(const bdm_shape *s, const uint8_t *bits, uint8_t *arranged) 
                     put_index(s, bits, (2 * block + unit) * UNIT, step / p.taps, step % p.taps, at);
 }
 
-/* One thread's working memory, kept between calls. */
+/* One thread's working memory, kept between calls; in large pages where there are any, since small ones may lie so that
+   parts of it displace each other from the second cache. */
 static void *scratch(size_t size) {
     static _Thread_local void *held;
     static _Thread_local size_t room;
     if (size > room) {
         free(held);
-        room = (size + (size >> 2) + 4095) / 4096 * 4096;
-        held = aligned_alloc(64, room);
+        room = (size + (size >> 2) + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
+        held = aligned_alloc(LARGE_PAGE, room);
         if (!held) room = 0;
+#ifdef MADV_HUGEPAGE
+        if (held) madvise(held, room, MADV_HUGEPAGE);
+#endif
     }
     return held;
 }
