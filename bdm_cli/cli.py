@@ -453,6 +453,7 @@ def bench_inference(
     step: Annotated[bool, typer.Option("--step/--no-step", help="The whole U-Net step at W1A4.")] = True,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: as many as torch takes.")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns of each contender; medians count.")] = 15,
+    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="ONNX Runtime, too, if it is installed.")] = True,
     form: Form = Format.table,
 ) -> None:
     """Time packed layers and the whole step of LDM-4 beside fp32 (PyTorch, ONNX Runtime) and int8: Table 16's twin.
@@ -462,7 +463,8 @@ def bench_inference(
     bits = _bits_list(activations)
     from bdm_cli.jobs import bench_inference as job
 
-    show(job.layers(bits, job.chosen(shapes), rounds, threads, (1, 2) if high_order else (1,)), form, "Layers, batch 1")
+    table = job.layers(bits, job.chosen(shapes), rounds, threads, (1, 2) if high_order else (1,), onnx)
+    show(table, form, "Layers, batch 1")
     if step:
         whole, split = job.step(4, rounds, threads)
         show(whole, form, "Whole step, batch 1")

@@ -1,8 +1,8 @@
 """`bdm bench inference`: packed layers and a whole packed step beside fp32 and int8 of others, on this machine.
 
 The twin of BinaryDM's Table 16. Everything is timed from fp32 input to fp32 output: quantizing, packing, padding and
-rescaling included. Contenders take turns, in which each first runs untimed. Of fp32 the fastest
-counts: PyTorch in both memory formats, and ONNX Runtime if it is installed.
+rescaling included. Contenders take turns, in which each first runs untimed. Of fp32 the fastest counts: PyTorch in both
+memory formats, and ONNX Runtime if it is installed.
 """
 
 import importlib.util
@@ -86,24 +86,30 @@ Contender = Callable[[], object]
 
 
 def layers(
-    bits: Sequence[int], shapes: Sequence[Conv], rounds: int, threads: int | None, bases: Sequence[int] = (1,)
+    bits: Sequence[int],
+    shapes: Sequence[Conv],
+    rounds: int,
+    threads: int | None,
+    bases: Sequence[int] = (1,),
+    onnx: bool = True,
 ) -> pd.DataFrame:
     """One row per shape, activation bits and number of bases, then their geometric means over the shapes.
 
     Each row also goes to results/bench/inference.jsonl, with its provenance. threads: None = torch's own number.
+    onnx: ONNX Runtime beside PyTorch, if it is installed; it cannot be held to an older instruction set.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     ops.keep_memory()  # for all contenders
     try:
         with output.progress("layers", len(shapes) * rounds, "rounds") as advance, torch.inference_mode():
-            rows = [row for shape in shapes for row in _layer(shape, bits, bases, rounds, advance)]
+            rows = [row for shape in shapes for row in _layer(shape, bits, bases, rounds, onnx, advance)]
     finally:
         torch.set_num_threads(before)
     for kind in dict.fromkeys((row["bits"], row["bases"]) for row in rows):
         same = [row for row in rows if (row["bits"], row["bases"]) == kind]
         means = {key: _geometric([row[key] for row in same]) for key in ("last_ratio", "first_ratio", "int8_ratio")}
-        told = {key: same[0][key] for key in ("bits", "bases", "path", "threads", "rounds", "cpu")}
+        told = {key: same[0][key] for key in ("bits", "bases", "path", "threads", "rounds", "cpu", "torch_uses")}
         rows.append({"shape": f"{MEAN} of {len(same)}"} | told | means)
     for row in rows:
         _append({"task": "layer"} | row)
@@ -129,9 +135,9 @@ def layers(
 
 
 def _layer(
-    shape: Conv, bits: Sequence[int], bases: Sequence[int], rounds: int, advance: Callable[[int], None]
+    shape: Conv, bits: Sequence[int], bases: Sequence[int], rounds: int, onnx: bool, advance: Callable[[int], None]
 ) -> list[dict[str, object]]:
-    contenders = _full_precision(shape)
+    contenders = _full_precision(shape, onnx)
     ours = list(itertools.product(bits, bases, ("last", "first")))
     contenders |= {f"{a} {base} {layout}": _packed(shape, a, base, layout) for a, base, layout in ours}
     times = _in_turn(contenders, rounds, advance)
@@ -141,6 +147,7 @@ def _layer(
     for a, base in itertools.product(bits, bases):
         row: dict[str, object] = {"shape": str(shape), "bits": a, "bases": base, "path": ops.path()}
         row |= {"threads": torch.get_num_threads(), "rounds": rounds, "cpu": _cpu(), "macs": shape.macs}
+        row["torch_uses"] = torch.backends.cpu.get_cpu_capability()
         for layout in ("last", "first"):
             name = f"{a} {base} {layout}"
             ratios = [theirs / ours for theirs, ours in zip(times[full], times[name], strict=True)]
@@ -186,7 +193,8 @@ def _packed(shape: Conv, bits: int, bases: int, layout: str) -> Contender:
 
     def work() -> Tensor:
         y = torch.ops.bdm.conv2d.default(x, weight, sigma, bias, *arguments)
-        return y if bases == 1 else y.unflatten(1, (bases, -1)).sum(1)
+        first, *more = y.chunk(bases, 1)
+        return sum(more, start=first)
 
     return work
 
@@ -196,7 +204,7 @@ def _input(shape: Conv, last: bool) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if last else x
 
 
-def _full_precision(shape: Conv) -> dict[str, Contender]:
+def _full_precision(shape: Conv, onnx: bool) -> dict[str, Contender]:
     def of(last: bool) -> Contender:
         conv = nn.Conv2d(shape.channels, shape.outputs, shape.kernel, shape.stride, shape.padding)
         conv = conv.to(memory_format=torch.channels_last) if last else conv
@@ -204,7 +212,7 @@ def _full_precision(shape: Conv) -> dict[str, Contender]:
         return lambda: conv(x)
 
     found = {FULL[0]: of(False), FULL[1]: of(True)}
-    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
+    if onnx and importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
         found |= {FULL[2]: _onnx(shape, False), INT8: _onnx(shape, True)}
     return found
 

@@ -380,9 +380,9 @@ def test_other_types_and_strides_are_refused(path: str):
     with forced(path):
         with pytest.raises(ValueError, match=r"x must be fp32, not torch\.float64"):
             convolve(x.double(), w, 4)
-        with pytest.raises(ValueError, match="sigma, bias, .* must be contiguous fp32"):
+        with pytest.raises(ValueError, match=r"sigma, bias, .* must be contiguous fp32"):
             convolve(x, w, 4, sigma=torch.ones(10)[::2])
-        with pytest.raises(ValueError, match="sigma, bias, .* must be contiguous fp32"):
+        with pytest.raises(ValueError, match=r"sigma, bias, .* must be contiguous fp32"):
             convolve(x, w, 4, bias=torch.ones(5).double())
 
 
