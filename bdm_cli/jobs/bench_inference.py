@@ -113,7 +113,8 @@ def layers(
         rows.append({"shape": f"{MEAN} of {len(same)}"} | told | means)
     for row in rows:
         _append({"task": "layer"} | row)
-        if tuple(shapes) == MAIN and row["shape"].startswith(MEAN) and row["bits"] == PAPER_BITS:
+        mean = tuple(shapes) == MAIN and row["shape"].startswith(MEAN) and row["bits"] == PAPER_BITS
+        if mean and threads is None and onnx:  # all that this machine has, for both sides
             _record(SPEEDUPS[row["bases"]], row["last_ratio"])
     table = pd.DataFrame(rows)
     names = {
