@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PLAIN_EVERY_S = 10.0
+UNBOUNDED = 10**6
 SHORT_CELL = 24
 """Cells up to so many characters are never broken over lines."""
 FILE_WIDTH = 200
@@ -68,7 +69,11 @@ def show(frame: "pd.DataFrame", form: Format, title: str = "") -> None:
             table.add_column(str(column), justify="right" if numeric else "left", overflow="fold", no_wrap=bool(short))
         for row in frame.itertuples(index=False):
             table.add_row(*("" if value is None or value != value else str(value) for value in row))
-        Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH).print(table)
+        screen = Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
+        if Console(width=UNBOUNDED).measure(table).maximum > screen.width:  # rather broken lines than lost words
+            for column in table.columns:
+                column.no_wrap = False
+        screen.print(table)
 
 
 @contextlib.contextmanager
