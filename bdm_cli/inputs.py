@@ -114,6 +114,8 @@ def exported(
         return Exported(None, recipes.load(name, overrides, method), seed=seed)
     if (run is None) == (name is None):
         raise BdmError("give either RUN or --recipe NAME (with --seed).\n  e.g. bdm export digits-w1a4-s0 -o FILE")
+    if run is not None and method is not None:
+        raise BdmError("--method is for --recipe; a run has its own.\n  leave out --method")
     if run is not None and (os.sep in run or run.endswith(".safetensors")):
         path = Path(run)
         if not path.is_file():

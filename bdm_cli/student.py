@@ -81,6 +81,10 @@ def load(path: Path) -> Loaded:
     Raises: BdmError if the file is missing, damaged or not a student's.
     """
     tensors, header = tensorfile.read(path)
+    if header.get("format") == pack.FORMAT:
+        raise BdmError(
+            f"{path} is packed already.\n  draw from it: bdm sample --packed {path}; look: bdm inspect {path}"
+        )
     if "recipe" not in header or "step" not in header:
         raise BdmError(f"{path} is not a model that bdm wrote (no recipe in its header).\n  give a file of `bdm train`")
     spec, step = recipe.from_json(header["recipe"], str(path)), int(header["step"])
@@ -98,7 +102,7 @@ def load_run(run_id: str) -> Loaded:
 
 
 def unpacked(packed: Packed, path: Path, fused: bool = False) -> nn.Module:
-    """The network of a packed file (at `path`), frozen and in eval mode; an fp32 copy of its bits never exists.
+    """The network of a packed file (at `path`), frozen and in eval mode; its bits are never all in fp32.
 
     fused: with fused blocks, which are faster and round otherwise (packed/fusion.py).
     Raises: BdmError if the file does not fit the network of its own recipe.

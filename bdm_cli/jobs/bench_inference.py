@@ -8,6 +8,7 @@ memory formats, and ONNX Runtime if it is installed.
 import importlib.util
 import itertools
 import math
+import os
 import platform
 import statistics
 import tempfile
@@ -43,12 +44,15 @@ PAPER_BITS = 4
 SPEEDUPS = {1: NETWORK, 2: f"{NETWORK}-highorder"}
 """Rows of Table 16 whose speed-up a benchmark of MAIN measures, by the number of bases."""
 
+HELD_BACK = ("BDM_KERNEL", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""Environment variables that hold one side to an older instruction set."""
+
 FULL = ("PyTorch", "PyTorch, channels last", "ONNX Runtime")
 INT8 = "ONNX Runtime int8"
 
 
 class Conv(NamedTuple):
-    """A convolution of `channels` x side x side numbers with stride 1 and as many zeros around as keep the side."""
+    """A convolution of `channels` x side x side numbers, with as many zeros around as keep the side at stride 1."""
 
     channels: int
     outputs: int
@@ -95,7 +99,8 @@ def layers(
 ) -> pd.DataFrame:
     """One row per shape, activation bits and number of bases, then their geometric means over the shapes.
 
-    Each row also goes to results/bench/inference.jsonl, with its provenance. threads: None = torch's own number.
+    Each row also goes to results/bench/inference.jsonl, with its provenance; the means of MAIN to the report, if both
+    sides take all that the machine has. threads: None = torch's own number.
     onnx: ONNX Runtime beside PyTorch, if it is installed; it cannot be held to an older instruction set.
     """
     before = torch.get_num_threads()
@@ -111,10 +116,11 @@ def layers(
         means = {key: _geometric([row[key] for row in same]) for key in ("last_ratio", "first_ratio", "int8_ratio")}
         told = {key: same[0][key] for key in ("bits", "bases", "path", "threads", "rounds", "cpu", "torch_uses")}
         rows.append({"shape": f"{MEAN} of {len(same)}"} | told | means)
+    freely = threads is None and onnx and not any(map(os.environ.get, HELD_BACK))
     for row in rows:
         _append({"task": "layer"} | row)
         mean = tuple(shapes) == MAIN and row["shape"].startswith(MEAN) and row["bits"] == PAPER_BITS
-        if mean and threads is None and onnx:  # all that this machine has, for both sides
+        if mean and freely:
             _record(SPEEDUPS[row["bases"]], row["last_ratio"])
     table = pd.DataFrame(rows)
     names = {

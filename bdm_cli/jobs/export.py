@@ -39,18 +39,18 @@ def run(asked: Exported, out: Path, half: bool = False) -> pd.DataFrame:
     packed = pack.pack(unet, spec, seed, step, times, half, random=asked.weights is None)
     del unet
     pack.write(out, packed)
-    size, full = out.stat().st_size / MIB, _full_precision_mib(spec, out.parent)
+    size, full = out.stat().st_size / MIB, _full_precision_mib(spec)
     output.say(f"{spec.name}: {out}; bdm inspect {out} explains it, bdm sample --packed {out} draws from it")
     row = {"File": str(out), "Size (MiB)": round(size, 3), "FP32 file (MiB)": round(full, 2)}
     row |= {"Times smaller": round(full / size, 2), "Eq. 16 (MiB)": round(packed.counted_bits() / 8 / MIB, 3)}
     return pd.DataFrame([row])
 
 
-def _full_precision_mib(spec: Recipe, folder: Path) -> float:
+def _full_precision_mib(spec: Recipe) -> float:
     """Size of the network's file in fp32: written, measured, removed."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in build_unet(spec.unet).state_dict().items()}
-    with tempfile.TemporaryDirectory(prefix=".bdm-export-", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "fp32.safetensors"
         tensorfile.write(path, {name: torch.empty(shape) for name, shape in shapes.items()}, {})
         return path.stat().st_size / MIB

@@ -20,7 +20,7 @@ def run(path: Path) -> pd.DataFrame:
     rows = {
         "file": path,
         "format": f"{pack.FORMAT} {pack.VERSION}",
-        "SHA-256": f"{pack.digest(packed)} (fits)",
+        "SHA-256": f"{packed.sha256} (fits)",
         "recipe": header.recipe.id,
         "method": header.recipe.method["name"],
         "weights": "RANDOM, to measure size and speed" if header.random else f"after {header.step} training steps",

@@ -62,12 +62,14 @@ def run_packed(
     Raises: BdmError also if the file is damaged or none of ours.
     """
     ops.keep_memory()
+    if ops.path() == "torch" and ops.library().reason:
+        output.say(f"plain torch computes, which is much slower: {ops.library().reason} (bdm doctor)")
     packed = pack.read(path)
     header = packed.header
     spec = recipe.of_run(header.recipe, overrides)
     if header.random:
         output.say(f"{path.name}: its weights are random; the images show nothing")
-    folder = (out or path.parent) / f"{path.stem}-{pack.digest(packed)[:8]}{'-fast' if fast else ''}"
+    folder = (out or path.parent) / f"{path.stem}-{packed.sha256[:8]}{'-fast' if fast else ''}"
     if seed not in (None, header.seed):
         folder /= f"seed{seed}"
     return _drawn(

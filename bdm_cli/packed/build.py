@@ -52,8 +52,9 @@ def family(machine: str) -> str:
 
 
 def fingerprint() -> str:
-    """Of the C files, which the library carries: one that was made of others may read its arguments differently."""
-    found = hashlib.sha256()
+    """Of the C files and how they are compiled, which the library carries: one that was made of others may read its
+    arguments differently, or round otherwise."""
+    found = hashlib.sha256(repr((FLAGS, SOURCES)).encode())
     for path in sorted(NATIVE.glob("*.[ch]")):
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()[:16]

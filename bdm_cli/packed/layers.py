@@ -77,12 +77,17 @@ class _PackedLayer(_Stepped):
     ) -> None:  # fmt: skip
         super().__init__(levels, steps)
         self.bases, self.outputs = sigma.shape
+        self.inputs = shape.channels
         whole = shape._replace(outputs=sigma.numel(), bits=self.bits, zero=self.zero - self.low)
         if bias is not None:
             bias = torch.cat([bias.float(), bias.new_zeros(sigma.numel() - self.outputs, dtype=torch.float32)])
         self.register_buffer("arranged", ops.arrange(bits.flatten(0, 1), whole), persistent=False)
         self.register_buffer("sigma", sigma.float().flatten(), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+
+    def check(self, channels: int) -> None:
+        if channels != self.inputs:
+            raise ValueError(f"the input has {channels} channels; {type(self).__name__} takes {self.inputs}")
 
     def summed(self, y: Tensor, axis: int, residual: Tensor | None) -> Tensor:
         """[..., bases * K, ...] -> [..., K, ...]; of one basis, the residual is in y already."""
@@ -112,6 +117,7 @@ class PackedConv2d(_PackedLayer):
     ) -> Tensor:  # fmt: skip
         """before: (gain, shift) [N, C]: x is first replaced by gain x + shift, and with `silu` by its SiLU.
         more [N, K] and residual, shaped as y, are added to y."""
+        self.check(x.shape[1])
         gain, shift = before or (None, None)
         bias = self.bias
         if more is not None:
@@ -134,6 +140,7 @@ class PackedLinear(_PackedLayer):
 
     def forward(self, x: Tensor, before: tuple[Tensor, Tensor] | None = None, residual: Tensor | None = None) -> Tensor:
         """before: (gain, shift) [N, C]: x [N, L, C] is first replaced by gain x + shift. residual is added to y."""
+        self.check(x.shape[-1])
         gain, shift = before or (None, None)
         y = torch.ops.bdm.linear.default(
             x, self.arranged, self.sigma, self.bias, self.bits, self.step, self.zero, self.low, None, gain, shift,

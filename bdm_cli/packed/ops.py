@@ -160,6 +160,7 @@ def arrange(weight: Tensor, shape: Shape) -> Tensor:
     """
     if weight.dtype != torch.uint8 or tuple(weight.shape) != (shape.outputs, shape.row_bytes):
         raise ValueError(f"weight {weight.dtype} {tuple(weight.shape)} is not {(shape.outputs, shape.row_bytes)} bytes")
+    _refuse_shape(shape.bits, shape.zero, shape.channels * shape.kernel[0] * shape.kernel[1])
     weight = weight.contiguous()
     if path() == "torch":
         return weight
@@ -244,7 +245,7 @@ def conv2d(
         x = _before(x, gain, shift, silu, 1)
         a = levels(x, bits, step, zero, low, threshold)  # integers in floats: sums are exact below 2^24
         found = F.conv2d(a, signs(weight, x.shape[1], tuple(kernel)), None, stride, padding)
-        found = found * (sigma * step).view(1, -1, 1, 1)
+        found = (found if bits == REAL else found.round_()) * (sigma * step).view(1, -1, 1, 1)
         return y.copy_(_after(found, None if bias is None else bias[..., None, None], residual))
     x = x if last else x.contiguous()
     n, c, h, w = x.shape
@@ -297,6 +298,8 @@ def group_affine(
     """
     n, c = x.shape[:2]
     last = x.dim() == 4 and _is_last(x)
+    if not x.numel():
+        return x.new_full((n, c), torch.nan), x.new_full((n, c), torch.nan)
     if path() == "torch":
         parts = x.reshape(n, groups, -1).double()
         by = (parts.var(2, correction=0) + eps).rsqrt().repeat_interleave(c // groups, 1)
@@ -304,7 +307,8 @@ def group_affine(
         shift = -parts.mean(2).repeat_interleave(c // groups, 1) * gain
         return gain.float(), (shift if bias is None else shift + bias).float()
     x = x if last else x.contiguous()
-    gain, shift = x.new_empty((2, n, c))
+    _refuse_others("x, weight and bias", x.permute(0, 2, 3, 1) if last else x, weight, bias)
+    gain, shift = x.new_empty((n, c)), x.new_empty((n, c))
     arguments = (n, c, x.numel() // (n * c), groups, int(last), eps, _pointer(weight), _pointer(bias))
     failed = library().group_affine(
         x.data_ptr(), *arguments, gain.data_ptr(), shift.data_ptr(), torch.get_num_threads()
@@ -318,8 +322,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tens
     """softmax(scale Q K^T) V per head, in fp32. Shapes: q [N, L, heads * d], k and v [N, M, heads * d]; as q."""
     if path() == "avx512":
         q, k, v = (part.contiguous() for part in (q, k, v))
-        y = torch.empty_like(q)
+        _refuse_others("q, k and v", q, k, v)
         n, length, c = q.shape
+        if k.shape != v.shape or (k.shape[0], k.shape[2]) != (n, c) or c % heads:
+            raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} are not of {heads} heads")
+        y = torch.empty_like(q)
+        if not y.numel() or not k.numel():
+            return y.zero_()
         arguments = (n, length, k.shape[1], heads, c // heads, scale, y.data_ptr(), torch.get_num_threads())
         if library().attention(q.data_ptr(), k.data_ptr(), v.data_ptr(), *arguments):
             raise MemoryError("no memory for the scores of an attention")
@@ -329,10 +338,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tens
 
 
 @functools.lru_cache(4096)
-def _described(*values: int) -> tuple[_Shape, int]:
-    """A call's shape, made once, and its address."""
+def _described(path: str, *values: int) -> tuple[_Shape, int]:
+    """A call's shape, made once, and how many bytes its arranged weights have."""
     shape = _Shape(*values)
-    return shape, ctypes.addressof(shape)
+    _refuse_shape(shape.bits, values[12], shape.c * shape.kh * shape.kw)
+    return shape, library().paths[path].arranged_size(shape)
+
+
+def _refuse_shape(bits: int, zero: int, products: int) -> None:
+    """Bits that there are not, and sums that int32 does not hold."""
+    if not (1 <= bits <= 8 or bits == REAL):
+        raise ValueError(f"activations have 1..8 bits, or {REAL}, not {bits}")
+    if bits < REAL and products * (2 ** (bits + 1) + abs(zero)) >= 2**31:
+        raise ValueError(f"sums of {products} products around the zero point {zero} go beyond 32 bits")
+
+
+def _refuse_others(names: str, *tensors: Tensor | None) -> None:
+    """C reads contiguous fp32."""
+    for tensor in tensors:
+        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
+            raise ValueError(f"{names} must be contiguous fp32, not {tensor.dtype} with strides {tensor.stride()}")
 
 
 def _convolve(
@@ -344,20 +369,24 @@ def _convolve(
         return
     if x.dtype != torch.float32:
         raise ValueError(f"x must be fp32, not {x.dtype}")
-    for tensor in (sigma, bias, threshold, gain, shift):
-        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
-            raise ValueError(
-                "sigma, bias, threshold, gain and shift must be contiguous fp32, "
-                f"not {tensor.dtype} with strides {tensor.stride()}"
-            )
-    if residual is not None and residual.shape != y.shape:
-        raise ValueError(f"residual {tuple(residual.shape)} is not shaped as the result, {tuple(y.shape)}")
+    if not x.numel():
+        raise ValueError(f"x {tuple(x.shape)} holds no numbers")
+    _refuse_others("sigma, bias, threshold, gain and shift", sigma, bias, threshold, gain, shift)
+    n, c, k = shape[0], shape[1], shape[4]
+    sizes = ((bias, (k, n * k)), (threshold, (c,)), (gain, (n * c,)), (shift, (n * c,)))
+    if any(tensor is not None and tensor.numel() not in allowed for tensor, allowed in sizes):
+        raise ValueError(f"bias, threshold, gain or shift is not for {n} images, {c} channels and {k} outputs")
+    described, weight_bytes = _described(path(), *shape)
+    if weight.dtype != torch.uint8 or weight.numel() != weight_bytes:
+        raise ValueError(f"weight is {weight.numel()} of {weight.dtype}; {c} channels to {k} take {weight_bytes} bytes")
+    if residual is not None and (residual.shape != y.shape or residual.dtype != torch.float32):
+        raise ValueError(f"residual {residual.dtype} {tuple(residual.shape)} is not the result's fp32 {tuple(y.shape)}")
     per_image = bias is not None and bias.dim() == 2
     settings = _Input(
         step, zero, low, _pointer(threshold), _pointer(gain), _pointer(shift), silu, per_image, _pointer(residual)
     )
     failed = library().paths[path()].convolve(
-        _described(*shape)[1], ctypes.addressof(settings), x.data_ptr(), weight.data_ptr(), sigma.data_ptr(),
+        ctypes.addressof(described), ctypes.addressof(settings), x.data_ptr(), weight.data_ptr(), sigma.data_ptr(),
         _pointer(bias), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
@@ -389,4 +418,4 @@ def _(x, groups, weight, bias, eps):
 
 @torch.library.register_fake("bdm::attention")
 def _(q, k, v, heads, scale):
-    return torch.empty_like(q)
+    return q.new_empty(q.shape)

@@ -102,10 +102,11 @@ class Header(_Closed):
 
 
 class Packed(NamedTuple):
-    """A packed file's content, as it lies there."""
+    """A packed file's content, as it lies there. sha256: as the file has it; '' before it is written."""
 
     header: Header
     tensors: dict[str, Tensor]
+    sha256: str = ""
 
     def rest(self) -> dict[str, Tensor]:
         """What belongs to no quantized layer, under the student's own names."""
@@ -186,6 +187,8 @@ def _terms(name: str, layer: QuantConv2d | QuantLinear) -> list[Term]:
         terms = layer.weight_quantizer.terms(layer.weight)
     except NotImplementedError as error:
         raise _refused(name, str(error)) from None
+    if len(terms) > 1 and any(term.bits > 1 for term in terms):
+        raise _refused(name, "it is a sum of several terms of more than 1 bit")
     if terms[0].bits == 1 and isinstance(layer, nn.Conv2d):
         given = (layer.groups, layer.dilation, layer.padding_mode, isinstance(layer.padding, str))
         if given != (1, (1, 1), "zeros", False):
@@ -287,7 +290,7 @@ def read(path: Path) -> Packed:
     if metadata.get("sha256") != _digest(header, tensors):
         raise BdmError(f"{path} is damaged: its SHA-256 is not that of what was written.\n  {AGAIN}")
     try:
-        packed = Packed(Header.model_validate_json(header, strict=True), tensors)
+        packed = Packed(Header.model_validate_json(header, strict=True), tensors, metadata["sha256"])
     except pydantic.ValidationError as error:
         fault = error.errors()[0]
         told = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"

@@ -3,7 +3,7 @@
 In eval mode and without gradients, quantized weights and inputs are multiplied as whole numbers where fp32 holds all
 sums exactly, which is always so at 1 bit. Their order then makes no difference, and it should make none: a last bit can
 move a 4-bit activation by a level, and that an image. So these layers do the same at any batch size and number of
-threads, and so do packed bits.
+threads, and so do packed bits. Half floats, which hold no such sums, are multiplied as in training.
 """
 
 from collections.abc import Callable
@@ -63,12 +63,14 @@ def _forward(
     """multiply(q_a(x), q_w(w), b). per_output: shape of what is one number per output channel."""
     weight, activation = layer.weight_quantizer, layer.activation_quantizer
     a = x if activation is None else activation(x)
-    whole = None if torch.is_grad_enabled() or layer.training else _whole(layer)
+    half = a.dtype.itemsize < 4 or torch.is_autocast_enabled(a.device.type)
+    whole = None if torch.is_grad_enabled() or layer.training or half else _whole(layer)
     if whole is None:
         return multiply(a, layer.weight if weight is None else weight(layer.weight), layer.bias)
     step, terms = whole
     a = (a / step).round_()
-    parts = [multiply(a, term.levels, None) * (term.sigma * step).view(per_output) for term in terms]
+    # round: NNPACK and others convolve by Winograd's transforms, which leave fractions
+    parts = [multiply(a, term.levels, None).round_() * (term.sigma * step).view(per_output) for term in terms]
     if layer.bias is not None:
         parts[0] += layer.bias.view(per_output)
     return sum(parts[1:], start=parts[0])

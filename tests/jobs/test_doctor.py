@@ -51,6 +51,15 @@ def test_a_broken_library_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert note.startswith("libbdm.so cannot be loaded (")
 
 
+@pytest.mark.skipif(not build.LIBRARY.is_file(), reason="no C compiler")
+def test_a_library_of_other_sources_is_explained(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("BDM_KERNEL", raising=False)
+    monkeypatch.setattr(build, "fingerprint", lambda: "0123456789abcdef")
+    state, note = packed()
+    assert state == "torch; can run: torch"
+    assert note.startswith(f"{build.LIBRARY.name} is not of these sources: python -m bdm_cli.packed.build")
+
+
 def test_a_wrong_choice_is_a_row_not_an_end(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("BDM_KERNEL", "sse9")
     state, note = packed()

@@ -120,7 +120,7 @@ def test_a_trained_run_by_id_by_recipe_and_by_file(bdm: Bdm, tiny_teacher: Path,
         found.append(pack.read(path))
     assert len({pack.digest(packed) for packed in found[:3]}) == 1
     trained = student.load(weights)
-    for header, tensors in found:
+    for header, tensors, _ in found:
         assert (header.step, header.seed, header.random) == (trained.step, 0, False)
         assert header.recipe.method == trained.recipe.method
         assert all(np.array_equal(tensors[name], tensor) for name, tensor in found[0].tensors.items())
@@ -241,10 +241,11 @@ def test_mistakes_in_what_is_given(run: str, file: Path, bdm: Bdm, home: Path, t
         (["export", run, "-o", str(blocked / "m")], f"there is no folder {blocked}."),
         (["export", "-o", new], "give either RUN or --recipe NAME"),
         (["export", run, "-r", TINY, "-o", new], "give either RUN or --recipe NAME"),
+        (["export", run, "-m", "lsq", "-o", new], "--method is for --recipe; a run has its own."),
         (["export", "tiny-w1a4-s1", "-o", new], "unknown finished run 'tiny-w1a4-s1'. Did you mean 'tiny-w1a4-s0'?"),
         (["export", "tiny-w1a4-s9", "-o", new], "was started and has not finished"),
         (["export", "nowhere.safetensors", "-o", new], "there is no file nowhere.safetensors."),
-        (["export", str(file), "-o", new], "is not a model that bdm wrote"),
+        (["export", str(file), "-o", new], f"{file} is packed already."),
         (
             ["export", run, "-o", new, "-s", "method.ebb_scope=1"],
             "'method.ebb_scope' was fixed when the run was trained",

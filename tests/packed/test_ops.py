@@ -365,6 +365,17 @@ def test_attention(path: str, tokens: int, others: int, heads: int, width: int):
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("path", USABLE)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_attention_keeps_nan(path: str, which: int):
+    parts = [torch.randn(1, 20, 8) for _ in range(3)]
+    parts[which][0, 1] = torch.nan
+    with forced(path):
+        y = ops.attention(*parts, 2, 0.3)
+    assert y[0, 1].isnan().all()
+    assert y.isnan().all() or which == 0
+
+
 def test_weights_of_another_size_are_refused():
     shape = ops.Shape(10, 4, (3, 3))
     right = ops.pack_signs(torch.randn(4, 10, 3, 3))
@@ -386,10 +397,31 @@ def test_other_types_and_strides_are_refused(path: str):
             convolve(x, w, 4, bias=torch.ones(5).double())
 
 
+@pytest.mark.parametrize("path", [name for name in USABLE if name != "torch"])
+def test_weights_that_are_not_the_inputs_are_refused(path: str):
+    """Rather than read beyond their end."""
+    x, sigma = torch.randn(1, 200, 4, 4), torch.ones(5)
+    how = (None, [3, 3], [1, 1], [0, 0], 4, 1.0, 0.0, 0.0)
+    with forced(path):
+        weight = ops.arrange(ops.pack_signs(random_signs(5, 3, 3, 3)), ops.Shape(3, 5, (3, 3), zero=0))
+        with pytest.raises(ValueError, match="200 channels to 5 take"):
+            torch.ops.bdm.conv2d(x, weight, sigma, *how)
+        with pytest.raises(ValueError, match="is not for 1 images, 3 channels and 5 outputs"):
+            torch.ops.bdm.conv2d(x[:, :3], weight, sigma, torch.ones(4), *how[1:])
+        with pytest.raises(ValueError, match=r"1\.\.8 bits, or 32, not 16"):
+            torch.ops.bdm.conv2d(x[:, :3], weight, sigma, *how[:4], 16, 1.0, 0.0, 0.0)
+        with pytest.raises(ValueError, match="zero point 67108864 go beyond 32 bits"):
+            ops.arrange(ops.pack_signs(random_signs(5, 64, 3, 3)), ops.Shape(64, 5, (3, 3), zero=2**26))
+        with pytest.raises(ValueError, match="contiguous fp32"):
+            ops.group_affine(x.double(), 4, None, None, 1e-5)
+
+
 @pytest.mark.parametrize("path", USABLE)
 def test_no_image_gives_no_output(path: str):
     with forced(path):
         assert convolve(torch.randn(0, 3, 4, 4), random_signs(5, 3, 3, 3), 4).shape == (0, 5, 2, 2)
+        assert ops.attention(*[torch.randn(0, 4, 6)] * 3, 2, 1.0).shape == (0, 4, 6)
+        assert ops.group_affine(torch.randn(0, 6, 4, 4), 2, None, None, 1e-5)[0].shape == (0, 6)
 
 
 def test_an_unknown_kernel_is_an_error():
@@ -452,6 +484,10 @@ def test_the_operators_keep_torchs_rules(path: str, layout):
         weight = ops.arrange(ops.pack_signs(w[:, :, 0, 0]), ops.Shape(5, 6))
         given = (torch.randn(2, 3, 5), weight, sigma, None, 4, 0.3, 0.0, -8.0)
         torch.library.opcheck(torch.ops.bdm.linear.default, given, test_utils=tests)
+        given = (torch.randn(2, 8, 3, 5).to(memory_format=layout), 4, torch.rand(8), torch.rand(8), 1e-5)
+        torch.library.opcheck(torch.ops.bdm.group_affine.default, given, test_utils=tests)
+        q, k, v = (torch.randn(2, length, 8) for length in (5, 3, 3))
+        torch.library.opcheck(torch.ops.bdm.attention.default, (q, k, v, 2, 0.5), test_utils=tests)
 
 
 class Packed(nn.Module):

@@ -113,7 +113,8 @@ def test_what_a_file_holds(tiny_recipe: TinyRecipe):
     """Weights by bits, sigma and bias per channel, a step per layer; norms as they are."""
     spec = tiny_recipe()
     unet = students.finished(spec)
-    header, tensors = packed = students.packed(spec, unet)
+    packed = students.packed(spec, unet)
+    header, tensors = packed.header, packed.tensors
     plain = dict(build_unet(spec.unet).named_parameters())
     edges = {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"}
     for name, layer in header.layers.items():

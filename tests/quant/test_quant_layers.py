@@ -92,6 +92,30 @@ def test_what_is_not_whole_is_computed_as_in_training(what: str):
     assert torch.equal(drawn, quantized(x).detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_floats_are_multiplied_as_in_training(dtype: torch.dtype):
+    """Sums of 8-bit whole numbers go beyond 65504."""
+    plain = nn.Linear(224, 32)
+    quantized = QuantLinear(plain, lsq_weight(8, plain.weight), Lsq(8)).eval()
+    x = torch.ones(4, 224) + torch.rand(4, 224)
+    plain.weight.data.abs_()
+    quantized.activation_quantizer.scale.data.fill_(2 / 127)
+    quantized.weight_quantizer.scale.data.fill_(plain.weight.max().item() / 127)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        y = quantized(x)
+        assert y.isfinite().all()
+        assert torch.equal(y, quantized.train()(x))
+
+
+def test_no_fractions_of_a_fast_convolution_remain():
+    """NNPACK takes over where oneDNN is off or absent."""
+    quantized, x = layer("conv", "signs"), torch.randn(16, 24, 16, 16)
+    with torch.no_grad():
+        expected = quantized(x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert torch.equal(quantized(x), expected)
+
+
 def test_hooks_of_the_activation_quantizer_still_see_their_input():
     """Calibration hangs on them."""
     quantized, x, seen = layer("linear", "signs"), images("linear"), []

@@ -5,9 +5,10 @@
 #include <immintrin.h>
 #include <math.h>
 
-/* exp(x) for x in -87 .. 88, to about 1 unit in the last place: 2^n times a polynomial on -ln 2 / 2 .. ln 2 / 2. */
+/* exp(x) for x in -87 .. 88, to about 1 unit in the last place: 2^n times a polynomial on -ln 2 / 2 .. ln 2 / 2. NaN stays
+   NaN: the second operand of MAXPS and MINPS. */
 static inline __m512 exp_512(__m512 x) {
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.3f));
+    x = _mm512_min_ps(_mm512_set1_ps(88.3f), _mm512_max_ps(_mm512_set1_ps(-87.3f), x));
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);

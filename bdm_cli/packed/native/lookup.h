@@ -86,7 +86,7 @@ static void arrange(const bdm_shape *s, const uint8_t *bits, uint8_t *arranged) 
                     put_index(s, bits, (2 * block + unit) * UNIT, step / p.taps, step % p.taps, at);
 }
 
-/* One thread's working memory, kept between calls; in large pages where there are any, since small ones may lie so that
+/* One thread's working memory, kept between calls and until the process ends; in large pages where there are any, since small ones may lie so that
    parts of it displace each other from the second cache. */
 static void *scratch(size_t size) {
     static _Thread_local void *held;

@@ -24,7 +24,7 @@ static inline float before(const bdm_input *input, size_t channel, float x) {
     return input->silu ? x / (1.0f + expf(-x)) : x;
 }
 
-/* Number `at` of y, of image n and channel k: plus its bias, plus the residual, each sum rounded. */
+/* Number `at` of y, of image n and channel k: plus its bias, plus the residual, in this order. */
 static inline float after(const bdm_shape *s, const bdm_input *input, const float *bias, size_t n, int k, size_t at,
                           float y) {
     if (bias) y += bias[input->bias_per_image ? n * s->k + k : (size_t)k];
