@@ -1,7 +1,7 @@
 """What tests share: a home directory of their own, the entry point, the tiny recipes, and teachers for them."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -77,3 +77,17 @@ def random_teacher(recipe: Recipe) -> Path:
     torch.manual_seed(0)
     student.save(path, build_unet(spec.unet), spec, seed=0, step=0)
     return path
+
+
+@pytest.fixture(params=["torch", "default"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Packed layers by the path that needs no compiler, then by the one that is chosen here."""
+    from bdm_cli.packed import ops
+
+    if request.param == "torch":
+        monkeypatch.setenv("BDM_KERNEL", "torch")
+    else:
+        monkeypatch.delenv("BDM_KERNEL", raising=False)
+    ops.path.cache_clear()
+    yield request.param
+    ops.path.cache_clear()

@@ -1,7 +1,7 @@
 """`bdm export`, `bdm inspect` and `bdm sample --packed` through the real entry point, and each of their refusals."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +13,11 @@ from conftest import RECIPES, Bdm
 from PIL import Image
 
 from bdm_cli import recipe, runs, student
-from bdm_cli.packed import ops, pack
+from bdm_cli.packed import pack
 from bdm_cli.recipe import Recipe
 
 TINY = str(RECIPES / "tiny-w1a4.toml")
 TinyRecipe = Callable[..., Recipe]
-
-
-@pytest.fixture(params=["torch", *(["default"] if ops.library().paths else [])])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "torch":
-        monkeypatch.setenv("BDM_KERNEL", "torch")
-    else:
-        monkeypatch.delenv("BDM_KERNEL", raising=False)
-    ops.path.cache_clear()
-    yield request.param
-    ops.path.cache_clear()
 
 
 @pytest.fixture

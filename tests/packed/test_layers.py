@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from bdm_cli import student
 from bdm_cli.diffusion.sampling import times
 from bdm_cli.errors import BdmError
 from bdm_cli.methods.binarydm import EbbWeight
-from bdm_cli.packed import ops, pack
+from bdm_cli.packed import pack
 from bdm_cli.packed.layers import GridActivation, PackedConv2d, PackedLinear, unpack_
 from bdm_cli.packed.pack import Packed
 from bdm_cli.quant.layers import QuantConv2d, QuantLinear
@@ -22,21 +22,6 @@ from bdm_cli.quant.quantizers import Grid, Lsq, SignWeight
 from bdm_cli.recipe import Recipe
 
 TinyRecipe = Callable[..., Recipe]
-
-KERNELS = ["torch", *(["default"] if ops.library().paths else [])]
-"""The path that needs no compiler, and the one that is chosen here."""
-
-
-@pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "torch":
-        monkeypatch.setenv("BDM_KERNEL", "torch")
-    else:
-        monkeypatch.delenv("BDM_KERNEL", raising=False)
-    ops.path.cache_clear()
-    yield request.param
-    ops.path.cache_clear()
-
 
 # one layer
 

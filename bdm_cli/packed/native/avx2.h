@@ -10,6 +10,7 @@
 
 #include <immintrin.h>
 #include "bdm.h"
+#include "exp.h"
 
 #define CHANNELS 4
 #define TABLE 16
@@ -69,18 +70,14 @@ static inline void put_sums(__m256i all, __m256i high, uint16_t *sums, int fresh
     _mm256_storeu_si256(to + 1, fresh ? high : _mm256_add_epi16(high, _mm256_loadu_si256(to + 1)));
 }
 
-/* exp(x) for x in -87 .. 88, to about 1 unit in the last place: 2^n times a polynomial on -ln 2 / 2 .. ln 2 / 2. */
+/* See exp.h. */
 static inline __m256 exp_256(__m256 x) {
-    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-87.3f)), _mm256_set1_ps(88.3f));
-    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), 8);
-    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-    __m256 e = _mm256_set1_ps(1.9875691500e-4f);
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(1.3981999507e-3f));
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(8.3334519073e-3f));
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(4.1665795894e-2f));
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(1.6666665459e-1f));
-    e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(5.0000001201e-1f));
+    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(BDM_EXP_LEAST)), _mm256_set1_ps(BDM_EXP_MOST));
+    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(BDM_LOG2_E)), 8);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(BDM_LN_2), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(BDM_LN_2_REST), r);
+    __m256 e = _mm256_set1_ps(bdm_exp_terms[0]);
+    for (int i = 1; i < BDM_EXP_TERMS; i++) e = _mm256_fmadd_ps(e, r, _mm256_set1_ps(bdm_exp_terms[i]));
     e = _mm256_fmadd_ps(_mm256_mul_ps(e, r), r, _mm256_add_ps(r, _mm256_set1_ps(1.0f)));
     __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(e, _mm256_castsi256_ps(power));

@@ -5,6 +5,7 @@
    saturating adds, which leave the permute units alone; VPMADDUBSW joins the two groups into 16 bits. */
 
 #include <immintrin.h>
+#include "avx512_asm.h"
 #include "bdm.h"
 
 #define GROUP 5
@@ -77,13 +78,7 @@ static inline void fill_tables(const uint8_t *u, int plane, int planes, int tabl
         fill_tables_of(1, 1, u, tables, to, stride);
 }
 
-#define EVERY_REGISTER \
-    "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", \
-    "zmm14", "zmm15", "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "zmm21", "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", \
-    "zmm27", "zmm28", "zmm29", "zmm30", "zmm31"
-#define ZERO(a) "vpxord %%zmm" #a ",%%zmm" #a ",%%zmm" #a "\n"
 #define LOAD(a) "vmovdqa64 64*" #a "(%[sums]),%%zmm" #a "\n"
-#define BEGIN(zero, load) "test %[fresh],%[fresh]\n je 2f\n" zero "jmp 3f\n 2:\n" load "3:\n"
 #define STORE(a) "vmovdqa64 %%zmm" #a ",64*" #a "(%[sums])\n"
 
 /* One pixel, three steps, 64 output channels: sums in registers a and b; indices in zmm16..21, ones in zmm22. */

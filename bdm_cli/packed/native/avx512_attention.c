@@ -17,8 +17,6 @@
 #define KEYS 32
 #define VECTOR 16
 
-static inline int up(int a, int b) { return (a + b - 1) / b; }
-
 /* scores[i][key] = sum over channels of q[i] k[key]; keys: [blocks][d][KEYS]. */
 __attribute__((noinline)) static void multiply_keys(const float *const q[QUERIES], int d, const float *keys, int blocks,
                                                     float *scores, size_t row) {

@@ -4,6 +4,7 @@
    names is the number of bits that both share: one VPANDD and one VPOPCNTD for 16 output channels x 32 products. */
 
 #include <immintrin.h>
+#include "avx512_asm.h"
 #include "bdm.h"
 
 #define CHANNELS 32
@@ -33,14 +34,8 @@ static inline void fill_tables(const uint8_t *u, int plane, int planes, int tabl
     }
 }
 
-#define EVERY_REGISTER \
-    "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", \
-    "zmm14", "zmm15", "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "zmm21", "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", \
-    "zmm27", "zmm28", "zmm29", "zmm30", "zmm31"
-#define ZERO(a) "vpxord %%zmm" #a ",%%zmm" #a ",%%zmm" #a "\n"
 #define STORE(a) "vpmovdw %%zmm" #a ",32*" #a "(%[sums])\n"
 #define LOAD(a) "vpmovzxwd 32*" #a "(%[sums]),%%zmm" #a "\n"
-#define BEGIN(zero, load) "test %[fresh],%[fresh]\n je 2f\n" zero "jmp 3f\n 2:\n" load "3:\n"
 #define SHARED(p, index, x, sum) \
     "vpandd 4*" #p "(%%r8,%[left])%{1to16%},%%zmm" #index ",%%zmm" #x "\n vpopcntd %%zmm" #x ",%%zmm" #x "\n" \
     "vpaddd %%zmm" #x ",%%zmm" #sum ",%%zmm" #sum "\n"

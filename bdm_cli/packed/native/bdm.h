@@ -50,6 +50,9 @@ static inline int bdm_bit(const uint8_t *bits, const bdm_shape *s, int k, int c,
     return bits[(size_t)k * row + at / 8] >> (at % 8) & 1;
 }
 
+/* a / b, rounded up. */
+static inline int up(int a, int b) { return (a + b - 1) / b; }
+
 static inline int bdm_out(int size, int kernel, int stride, int pad) { return (size + 2 * pad - kernel) / stride + 1; }
 
 /* u of the zeros around the image. Where a real zero has no u (1 bit; a zero point out of range), the border is

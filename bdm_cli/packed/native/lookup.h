@@ -43,8 +43,6 @@ typedef struct {
     size_t unit_size;                    /* bytes of one unit's indices */
 } plan;
 
-static inline int up(int a, int b) { return (a + b - 1) / b; }
-
 static plan make_plan(const bdm_shape *s) {
     plan p;
     p.tables = up(s->c, CHANNELS);
@@ -86,8 +84,8 @@ static void arrange(const bdm_shape *s, const uint8_t *bits, uint8_t *arranged) 
                     put_index(s, bits, (2 * block + unit) * UNIT, step / p.taps, step % p.taps, at);
 }
 
-/* One thread's working memory, kept between calls and until the process ends; in large pages where there are any, since small ones may lie so that
-   parts of it displace each other from the second cache. */
+/* One thread's working memory, kept between calls and until the process ends; in large pages where there are any, since
+   small ones may lie so that parts of it displace each other from the second cache. */
 static void *scratch(size_t size) {
     static _Thread_local void *held;
     static _Thread_local size_t room;

@@ -7,6 +7,7 @@
 #include <arm_neon.h>
 #include <string.h>
 #include "bdm.h"
+#include "exp.h"
 
 #define CHANNELS 4
 #define TABLE 16
@@ -102,16 +103,14 @@ static inline void kernel(int units, const uint8_t *const *points, const uint8_t
     }
 }
 
-/* exp(x) for x in -87 .. 88, to about 1 unit in the last place: 2^n times a polynomial on -ln 2 / 2 .. ln 2 / 2. */
+/* See exp.h. */
 static inline float32x4_t exp_128(float32x4_t x) {
-    static const float terms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                                  5.0000001201e-1f};
-    x = vminq_f32(vmaxq_f32(x, vdupq_n_f32(-87.3f)), vdupq_n_f32(88.3f));
-    const float32x4_t n = vrndnq_f32(vmulq_n_f32(x, 1.44269504f));
-    float32x4_t r = vfmsq_f32(x, n, vdupq_n_f32(0.693359375f));
-    r = vfmsq_f32(r, n, vdupq_n_f32(-2.12194440e-4f));
-    float32x4_t e = vdupq_n_f32(1.9875691500e-4f);
-    for (int i = 0; i < 5; i++) e = vfmaq_f32(vdupq_n_f32(terms[i]), e, r);
+    x = vminq_f32(vmaxq_f32(x, vdupq_n_f32(BDM_EXP_LEAST)), vdupq_n_f32(BDM_EXP_MOST));
+    const float32x4_t n = vrndnq_f32(vmulq_n_f32(x, BDM_LOG2_E));
+    float32x4_t r = vfmsq_f32(x, n, vdupq_n_f32(BDM_LN_2));
+    r = vfmsq_f32(r, n, vdupq_n_f32(BDM_LN_2_REST));
+    float32x4_t e = vdupq_n_f32(bdm_exp_terms[0]);
+    for (int i = 1; i < BDM_EXP_TERMS; i++) e = vfmaq_f32(vdupq_n_f32(bdm_exp_terms[i]), e, r);
     e = vfmaq_f32(vaddq_f32(r, vdupq_n_f32(1.0f)), vmulq_f32(e, r), r);
     const int32x4_t power = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23);
     return vmulq_f32(e, vreinterpretq_f32_s32(power));
