@@ -45,6 +45,11 @@ def checkpoint(run_id: str) -> Path:
     return run_dir(run_id) / "checkpoint.safetensors"
 
 
+def calibration(run_id: str) -> Path:
+    """What a post-training calibration has done so far."""
+    return run_dir(run_id) / "calibration.safetensors"
+
+
 def metrics_log(run_id: str) -> Path:
     """One JSON line per logged training step."""
     return run_dir(run_id) / "metrics.jsonl"

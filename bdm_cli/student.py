@@ -107,8 +107,10 @@ def unpacked(packed: Packed, path: Path, fused: bool = False) -> nn.Module:
     fused: with fused blocks, which are faster and round otherwise (packed/fusion.py).
     Raises: BdmError if the file does not fit the network of its own recipe.
     """
+    spec = packed.header.recipe
     with torch.device("meta"):
-        unet = build_unet(packed.header.recipe.unet)
+        unet = build_unet(spec.unet)
+        methods.build(spec).quantize_(unet)
     try:
         unpack_(unet, packed)
     except ValueError as error:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bdm_cli.diffusion.conditions import Condition
 from bdm_cli.diffusion.first_stage import FirstStage
 from bdm_cli.diffusion.models import estimate_noise, noise_scheduler
+from bdm_cli.quant.swap import begin_trajectory_
 from bdm_cli.recipe import Recipe, Sample, Scheduler
 
 Estimate = Callable[[Tensor, Tensor], Tensor]
@@ -189,6 +190,7 @@ def of_recipe(
         told = [part.to(device) for part in condition.of_images(filled, seed)]
         untold = [part.to(device) for part in condition.none(batch)]
         estimate = guided(unet, told, untold, spec.sample.guidance)
+        begin_trajectory_(unet)
         x = sample(estimate, spec.scheduler, spec.sample, draw(streams, shape).to(device), streams)
         x = x if first_stage is None else first_stage.decode(x)
         return to_bytes(x[: len(indices)], spec.sample.to_bytes)

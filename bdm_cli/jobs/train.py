@@ -22,23 +22,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from bdm_cli import inputs, output, places, recipe, records, runs, student, tensorfile
-from bdm_cli.diffusion import conditions, data, first_stage, losses, sampling, sources
+from bdm_cli.diffusion import conditions, data, first_stage, losses, sampling, sources, trajectories
 from bdm_cli.diffusion.models import estimate_noise, load_strictly, noise_scheduler
 from bdm_cli.errors import BdmError
-from bdm_cli.methods.base import Forward, Method
+from bdm_cli.methods.base import Batch, Forward, Method
 from bdm_cli.recipe import Recipe, Training
 from bdm_cli.student import Built
 
 GRID_IMAGES = 16
 LOSS_STEPS = tuple(10**i for i in range(1, 7))
 """Training steps whose loss becomes a record (Tables 8, 9, 13)."""
-
-
-class Batch(NamedTuple):
-    """One training batch. inputs: x_t [N, C, H, W], t int64 [N] and the condition, if any; noise [N, C, H, W]."""
-
-    inputs: tuple[Tensor, ...]
-    noise: Tensor
 
 
 Batches = Callable[[int], Batch]
@@ -57,7 +50,9 @@ def run(spec: Recipe, seed: int = 0, resume: bool = False) -> Path:
             output.say(f"{run_id} is finished already: {runs.weights(run_id)}")
             return runs.weights(run_id)
         student.use_threads(spec)
-        built, (batches, source) = student.build(spec, seed), real_batches(spec, seed)
+        built = student.build(spec, seed)
+        free = built.method.data_free
+        batches, source = trajectory_batches(spec, seed, built.teacher) if free else real_batches(spec, seed)
         processes = student.processes()
         processes.wait_for_everyone()  # none may find the run begun by another
         if processes.is_main_process:
@@ -108,9 +103,21 @@ def real_batches(spec: Recipe, seed: int) -> tuple[Batches, str]:
         t = torch.randint(spec.scheduler.n_timesteps, (len(x),), generator=random)
         noise = torch.randn(x.shape, generator=random)
         context = condition.of_training(source.known(indices), _dropped(spec, len(x), random))
-        return Batch((scheduler.add_noise(x, noise.to(x.device), t.to(x.device)), t, *context), noise)
+        return Batch((scheduler.add_noise(x, noise.to(x.device), t.to(x.device)), t, *context), noise, x)
 
     return batch, source.identity
+
+
+def trajectory_batches(spec: Recipe, seed: int, teacher: nn.Module) -> tuple[Batches, str]:
+    """The teacher's own calls along its sampling trajectories, one after the other: no data.
+
+    Each process of a distributed training follows trajectories of its own.
+    """
+    processes = student.processes()
+    calls = trajectories.Calls(
+        spec, teacher.to(processes.device), seed, processes.process_index, processes.num_processes
+    )
+    return lambda step: Batch(*calls(step)), f"trajectories of {spec.model.pretrained}"
 
 
 def random_batches(spec: Recipe) -> Batches:
@@ -119,7 +126,8 @@ def random_batches(spec: Recipe) -> Batches:
     def batch(step: int) -> Batch:
         random = torch.Generator().manual_seed(step)
         inputs = student.random_inputs(spec, spec.train.batch, random)
-        return Batch(inputs, torch.randn(inputs[0].shape, generator=random))
+        noise, clean = (torch.randn(inputs[0].shape, generator=random) for _ in range(2))
+        return Batch(inputs, noise, clean)
 
     return batch
 
@@ -154,19 +162,24 @@ def _train(
     bare.to(device)
     if teacher is not None:
         teacher.to(device)
-        output.say(f"{run_id}: calibrating on the first batch")
-        method.calibrate_(bare, teacher, (_to(batches(step), device).inputs for step in itertools.count()))
+        output.say(f"{run_id}: calibrating")
+        keeper = Kept(run_id, source)
+        method.calibrate_(bare, teacher, (_to(batches(step), device).inputs for step in itertools.count()), keeper)
         for buffer in method.state.buffers():  # every process saw its own part of the batch
             buffer.copy_(broadcast(buffer))
     average = AveragedModel(bare, multi_avg_fn=_averaging(t.ema)) if t.ema and t.steps else None
     state = State(run_id, bare, average, method, source)
     done, wall_s, optimizer_state = state.restore(t.steps)
 
-    named = method.trainable(bare)
-    optimizer = torch.optim.AdamW([p for _, p in named], lr=t.lr, weight_decay=t.weight_decay, betas=(t.beta1, t.beta2))
-    _restore_optimizer(optimizer, [name for name, _ in named], optimizer_state)
+    named = _by_rate(method, bare)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for _, p in group], "factor": factor} for factor, group in named.items()],
+        lr=t.lr, weight_decay=t.weight_decay, betas=(t.beta1, t.beta2),
+    )  # fmt: skip
+    _restore_optimizer(optimizer, [name for group in named.values() for name, _ in group], optimizer_state)
     model, optimizer = accelerator.prepare(bare, optimizer)
     blocks = method.taps(bare) if teacher is not None else []
+    taught = teacher is not None and (bool(blocks) or method.wants_teacher)
     taps_bi = losses.FeatureTaps(bare, blocks)
     taps_fp = losses.FeatureTaps(teacher, blocks) if blocks else None
     log = Log(run_id, t.log_every, accelerator, done, wall_s)
@@ -174,16 +187,17 @@ def _train(
 
     with StopSignal() as stop, output.progress(f"training {run_id}", t.steps, "steps", done) as advance:
         for step in range(done, t.steps):
-            (x, times, *context), noise = _to(batches(step), device)
+            batch, estimate_fp = _to(batches(step), device), None
             torch.manual_seed(_step_seed(seed, step, accelerator.process_index))  # dropout
             with accelerator.autocast():
-                if taps_fp is not None:
+                if taught:
                     with torch.no_grad():
-                        estimate_noise(teacher, x, times, *context)
-                estimate = estimate_noise(model, x, times, *context)
-            features = [taps.take() if taps else [] for taps in (taps_fp, taps_bi if blocks else None)]
-            parts = {"simple": losses.noise_loss(estimate.float(), noise, t.loss)}
-            parts |= method.losses(Forward(bare, step, *([f.float() for f in part] for part in features)))
+                        estimate_fp = estimate_noise(teacher, *batch.inputs).float()
+                method.before_step_(bare, batch)
+                estimate = estimate_noise(model, *batch.inputs).float()
+            features = ([f.float() for f in taps.take()] if taps else [] for taps in (taps_fp, blocks and taps_bi))
+            forward = Forward(bare, step, *features, batch, estimate, estimate_fp)
+            parts = {"simple": losses.noise_loss(estimate, method.target(forward), t.loss)} | method.losses(forward)
             loss = torch.stack(list(parts.values())).sum()
             values = {name: part.item() for name, part in parts.items()}
             if not math.isfinite(sum(values.values())):
@@ -193,7 +207,7 @@ def _train(
                 )
             lr = t.lr * _lr_factor(t, step)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["factor"]
             optimizer.zero_grad()
             accelerator.backward(loss)
             if t.grad_clip:
@@ -221,7 +235,8 @@ def _train(
         log.records(spec, seed, str(device))
         final = average.module if average is not None else bare
         student.save(runs.weights(run_id), final, spec, seed, t.steps)
-        runs.checkpoint(run_id).unlink(missing_ok=True)
+        for path in (runs.checkpoint(run_id), runs.calibration(run_id)):
+            path.unlink(missing_ok=True)
         output.say(f"{run_id}: {t.steps} steps, weights in {runs.weights(run_id)}")
     return Done(runs.weights(run_id), log.step_s, _peak_gib(device))
 
@@ -264,6 +279,22 @@ class State:
             load_strictly(module, own, self.path)
         optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
         return done, float(header["wall_s"]), optimizer
+
+
+class Kept:
+    """A methods.base.Keeper: one file of the run, bound to what the batches are made from."""
+
+    def __init__(self, run_id: str, source: str) -> None:
+        self.path, self.source = runs.calibration(run_id), source
+
+    def read(self) -> dict[str, Tensor]:
+        if not self.path.exists():
+            return {}
+        tensors, header = tensorfile.read(self.path)
+        return tensors if header["source"] == self.source else {}
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        tensorfile.write(self.path, tensors, {"source": self.source})
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
@@ -400,7 +431,16 @@ def _averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], N
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(tuple(part.to(device) for part in batch.inputs), batch.noise.to(device))
+    clean = None if batch.clean is None else batch.clean.to(device)
+    return Batch(tuple(part.to(device) for part in batch.inputs), batch.noise.to(device), clean)
+
+
+def _by_rate(method: Method, bare: nn.Module) -> dict[float, list[tuple[str, nn.Parameter]]]:
+    """The trainable parameters with their names, grouped by the factor of their learning rate."""
+    factors, groups = method.lr_factors(bare), {}
+    for name, parameter in method.trainable(bare):
+        groups.setdefault(factors.get(name, 1.0), []).append((name, parameter))
+    return groups
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

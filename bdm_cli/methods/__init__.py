@@ -28,6 +28,7 @@ def build(recipe: Recipe) -> "Method":
         method = kind(**fields)
     except pydantic.ValidationError as error:
         raise faults(f"recipe '{recipe.name}'", error, kind, "method.") from None
+    method.host = recipe
     problems = method.check(recipe.train.steps)
     if problems:
         raise BdmError(f"recipe '{recipe.name}' has a fault:\n" + "\n".join(f"  method.{line}" for line in problems))

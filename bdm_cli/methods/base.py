@@ -2,23 +2,51 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
+from bdm_cli.quant.frames import Frame
+from bdm_cli.quant.layers import Parts
 from bdm_cli.quant.quantizers import Lsq, Quantizer, SignWeight, lsq_weight
-from bdm_cli.quant.swap import Block, Site, swap_attention_, swap_layers_
+from bdm_cli.quant.swap import Block, Site, Timed, begin_trajectory_, swap_attention_, swap_layers_, tell_time_
+from bdm_cli.recipe import Recipe
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 32]
 Layer = nn.Conv2d | nn.Linear
+
+
+class Batch(NamedTuple):
+    """One training batch.
+
+    inputs: x_t [N, C, H, W], t int64 [N] and the condition, if any: the positional arguments of the U-Net's forward.
+    noise: what L_simple compares the student's estimate with, [N, C, H, W]: the noise in x_t; along trajectories
+        (`Method.data_free`) the teacher's estimate.
+    clean: x_0 that x_t was made from; None along trajectories.
+    """
+
+    inputs: tuple[Tensor, ...]
+    noise: Tensor
+    clean: Tensor | None = None
+
+
+class Keeper(Protocol):
+    """Where a long calibration keeps what it has done, so that a killed one goes on (one file of the run)."""
+
+    def read(self) -> dict[str, Tensor]:
+        """What was kept last; {} if nothing was."""
+
+    def write(self, tensors: dict[str, Tensor]) -> None: ...
 
 
 @dataclass
 class Forward:
     """What one training step computed, for the losses of a method.
 
+    estimate_bi, estimate_fp: noise estimates [N, C, H, W] of student and teacher; the teacher's only if the method
+        wants_teacher.
     features_fp, features_bi: outputs [N, C, H, W] of the blocks that `Method.taps` names, of teacher and student.
     step: training steps done before this one.
     """
@@ -27,6 +55,9 @@ class Forward:
     step: int
     features_fp: Sequence[Tensor] = field(default_factory=list)
     features_bi: Sequence[Tensor] = field(default_factory=list)
+    batch: Batch | None = None
+    estimate_bi: Tensor | None = None
+    estimate_fp: Tensor | None = None
 
 
 @pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
@@ -43,8 +74,12 @@ class Method:
     edge_bits: Bits = 8
     attention_matmul: bool = False
 
+    data_free: ClassVar[bool] = False
+    """Whether batches lie along the teacher's own sampling trajectories (diffusion/trajectories.py) and not on data."""
+
     def __post_init__(self) -> None:
         self.state = nn.Module()  # what training must save beside the student: buffers, set in calibrate_
+        self.host: Recipe | None = None  # the recipe it belongs to, set by methods.build: its schedule, sampler, budget
 
     def check(self, steps: int) -> list[str]:
         """Faults that concern several fields or the number of training steps, as 'key: message' lines."""
@@ -62,25 +97,43 @@ class Method:
             return None
         return Lsq(self.edge_bits if site.edge else self.activation_bits)
 
+    def frame(self, layer: Layer, site: Site) -> Frame | None:
+        """What stands around the layer's product."""
+        return None
+
+    def keep_bias(self, site: Site) -> bool:
+        return True
+
+    def parts(self, layer: Layer, site: Site) -> Parts | None:
+        """All that a layer gets; None: it is left as it is."""
+        if self.keep_fp(site):
+            return None
+        weight, activation = self.weight_quantizer(layer, site), self.activation_quantizer(layer, site)
+        return Parts(weight, activation, self.frame(layer, site), self.keep_bias(site))
+
     def quantize_(self, unet: nn.Module) -> None:
-        """Swap the layers of the full-precision U-Net in place."""
-
-        def quantizers(layer: Layer, site: Site) -> tuple[nn.Module | None, nn.Module | None] | None:
-            if self.keep_fp(site):
-                return None
-            return self.weight_quantizer(layer, site), self.activation_quantizer(layer, site)
-
-        swap_layers_(unet, quantizers)
+        """Swap the layers of the full-precision U-Net in place. It may lie on the meta device."""
+        swap_layers_(unet, self.parts)
         if self.attention_matmul and self.activation_bits < 32:
-            swap_attention_(unet, lambda operand, site: Lsq(self.activation_bits))
+            swap_attention_(unet, self.attention_quantizer)
+        if any(isinstance(module, Timed) for module in unet.modules()):
+            tell_time_(unet)
+
+    def attention_quantizer(self, operand: str, site: Site) -> Quantizer:
+        """Of an operand ('q', 'k', 'probabilities', 'v') of an attention's products, where these are quantized."""
+        return Lsq(self.activation_bits)
 
     @torch.no_grad()
-    def calibrate_(self, student: nn.Module, teacher: nn.Module, batches: Iterable[tuple]) -> None:
+    def calibrate_(
+        self, student: nn.Module, teacher: nn.Module, batches: Iterable[tuple], keeper: Keeper | None = None
+    ) -> None:
         """Start every activation quantizer from the first batch: in one forward, each from what reaches it.
 
-        batches: the positional arguments of the U-Net's forward, of successive training batches.
+        batches: the positional arguments of the U-Net's forward, of successive training batches (`data_free`: of
+            successive calls along one trajectory after the other).
+        keeper: for calibrations that take long (post-training methods); None: nothing is kept.
         """
-        quantizers = [m for m in student.modules() if isinstance(m, Lsq) and m.scale.isnan().any()]
+        quantizers = [m for m in student.modules() if isinstance(m, Quantizer) and m.waiting]
         hooks = [m.register_forward_pre_hook(lambda module, inputs: module.calibrate_(inputs[0])) for m in quantizers]
         try:
             if quantizers:
@@ -88,14 +141,31 @@ class Method:
         finally:
             for hook in hooks:
                 hook.remove()
+        begin_trajectory_(student)
 
     def trainable(self, student: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """Latent weights and quantizer parameters are trained together (App. B.1)."""
         return [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
 
+    def lr_factors(self, student: nn.Module) -> dict[str, float]:
+        """By what a parameter's learning rate differs from train.lr: name -> factor; 1 where a name is missing."""
+        return {}
+
+    @property
+    def wants_teacher(self) -> bool:
+        """Whether `target` or `losses` read the teacher's estimate. Features of `taps` come without this."""
+        return False
+
     def taps(self, unet: nn.Module) -> list[Block]:
         """The timestep blocks whose features `losses` wants from teacher and student."""
         return []
+
+    def before_step_(self, student: nn.Module, batch: Batch) -> None:
+        """Called before the student's forward of every training step."""
+
+    def target(self, forward: Forward) -> Tensor:
+        """What L_simple compares the student's estimate with."""
+        return forward.batch.noise
 
     def losses(self, forward: Forward) -> dict[str, Tensor]:
         """What is added to the noise loss, weighted, by name."""

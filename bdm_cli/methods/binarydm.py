@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bdm_cli.diffusion.losses import FeatureTaps, LowRankMimicking, mimicking_mse
 from bdm_cli.errors import BdmError
-from bdm_cli.methods.base import Forward, Layer, Method
+from bdm_cli.methods.base import Forward, Keeper, Layer, Method
 from bdm_cli.quant.quantizers import Quantizer, SignWeight, Term, per_channel
 from bdm_cli.quant.ste import sign_ste
 from bdm_cli.quant.swap import Block, Site, quantized_layers, timestep_blocks
@@ -132,7 +132,9 @@ class BinaryDM(Ebb):
         return timestep_blocks(unet)
 
     @torch.no_grad()
-    def calibrate_(self, student: nn.Module, teacher: nn.Module, batches: Iterable[tuple]) -> None:
+    def calibrate_(
+        self, student: nn.Module, teacher: nn.Module, batches: Iterable[tuple], keeper: Keeper | None = None
+    ) -> None:
         batch = next(iter(batches))
         super().calibrate_(student, teacher, [batch])
         if self.distillation == "lrm":

@@ -15,7 +15,8 @@ from bdm_cli.quant.swap import replace_
 
 
 def fuse_(unet: nn.Module) -> None:
-    """Replace every residual block and attention whose layers are packed, in place; let images be channels-last."""
+    """Replace every residual block and attention whose layers are packed and have no frame, in place; let images be
+    channels-last."""
     blocks = {module: PackedResnet(module) for module in unet.modules() if PackedResnet.fits(module)}
     replace_(unet, blocks)
     for module in unet.modules():
@@ -53,7 +54,8 @@ class PackedResnet(nn.Module):
     def fits(module: nn.Module) -> bool:
         convs = (getattr(module, "conv1", None), getattr(module, "conv2", None))
         return (
-            all(isinstance(conv, PackedConv2d) for conv in convs)
+            all(isinstance(conv, PackedConv2d) and conv.frame is None for conv in convs)
+            and not module._forward_hooks
             and isinstance(getattr(module, "nonlinearity", None), nn.SiLU)
             and isinstance(module.norm1, nn.GroupNorm)
             and isinstance(module.norm2, nn.GroupNorm)
@@ -102,7 +104,7 @@ class PackedAttnProcessor:
         layers = (module.to_q, module.to_k, module.to_v, module.to_out[0])
         plain = all(getattr(module, name, None) is None for name in ("spatial_norm", "norm_q", "norm_k", "norm_cross"))
         return (
-            all(isinstance(layer, PackedLinear) for layer in layers)
+            all(isinstance(layer, PackedLinear) and layer.frame is None for layer in layers)
             and plain
             and not isinstance(module.processor, nn.Module)  # quantized operands stay as they are
         )

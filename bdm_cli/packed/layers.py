@@ -1,7 +1,7 @@
 """Layers that compute on packed bits, and putting them into a U-Net. They draw; they do not train."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from bdm_cli.errors import BdmError
 from bdm_cli.packed import ops, pack
 from bdm_cli.packed.pack import OPERANDS, Layer, Levels, Packed
-from bdm_cli.quant.layers import QuantAttnProcessor, QuantConv2d, QuantLinear
+from bdm_cli.quant.frames import Frame
+from bdm_cli.quant.layers import Parts, QuantAttnProcessor, QuantConv2d, QuantLinear
 from bdm_cli.quant.quantizers import Grid, Quantizer, Term
 from bdm_cli.quant.swap import replace_
 
@@ -66,6 +67,7 @@ class GridActivation(_Stepped, Quantizer):
 
 class _PackedLayer(_Stepped):
     """What convolution and matrix product share: y = sum over bases of sigma * (levels * signs) + bias (see ops).
+    With a frame: y = after(x, sum of before(x), bias).
 
     The bases are computed as one layer of bases * K outputs, so that they share what is done to the input.
     State: arranged, sigma, bias (buffers). The arrangement is this process's own: state_dict() is refused.
@@ -73,17 +75,26 @@ class _PackedLayer(_Stepped):
 
     def __init__(
         self, bits: Tensor, sigma: Tensor, bias: Tensor | None, shape: ops.Shape, levels: Levels | None,
-        steps: Tensor | None,
+        steps: Tensor | None, frame: Frame | None,
     ) -> None:  # fmt: skip
         super().__init__(levels, steps)
         self.bases, self.outputs = sigma.shape
         self.inputs = shape.channels
+        self.frame = frame
         whole = shape._replace(outputs=sigma.numel(), bits=self.bits, zero=self.zero - self.low)
+        own = bias
         if bias is not None:
-            bias = torch.cat([bias.float(), bias.new_zeros(sigma.numel() - self.outputs, dtype=torch.float32)])
+            own = torch.cat([bias.float(), bias.new_zeros(sigma.numel() - self.outputs, dtype=torch.float32)])
         self.register_buffer("arranged", ops.arrange(bits.flatten(0, 1), whole), persistent=False)
         self.register_buffer("sigma", sigma.float().flatten(), persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("bias", None if frame else own, persistent=False)
+        self.register_buffer("framed_bias", bias.float() if frame and bias is not None else None, persistent=False)
+
+    def framed(self, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """The layer's output of its input alone, its frame around the product."""
+        if self.frame is None:
+            return product(x)
+        return self.frame.after(x, product(self.frame.before(x)), self.framed_bias)
 
     def check(self, channels: int) -> None:
         if channels != self.inputs:
@@ -105,19 +116,30 @@ class PackedConv2d(_PackedLayer):
 
     def __init__(
         self, conv: nn.Conv2d, bits: Tensor, sigma: Tensor, bias: Tensor | None, levels: Levels | None = None,
-        steps: Tensor | None = None,
+        steps: Tensor | None = None, frame: Frame | None = None,
     ) -> None:  # fmt: skip
         shape = ops.Shape(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-        super().__init__(bits, sigma, bias, shape, levels, steps)
+        super().__init__(bits, sigma, bias, shape, levels, steps, frame)
         self.place = [list(part) for part in (conv.kernel_size, conv.stride, conv.padding)]
 
     def forward(
         self, x: Tensor, before: tuple[Tensor, Tensor] | None = None, silu: bool = False, more: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """before: (gain, shift) [N, C]: x is first replaced by gain x + shift, and with `silu` by its SiLU.
-        more [N, K] and residual, shaped as y, are added to y."""
+        """Around a layer without frame: before: (gain, shift) [N, C]: x is first replaced by gain x + shift, and with
+        `silu` by its SiLU. more [N, K] and residual, shaped as y, are added to y."""
         self.check(x.shape[1])
+        if self.frame is not None:
+            if (before, more, residual) != (None, None, None):
+                raise ValueError("a layer with a frame is not fused with what stands around it")
+            return self.framed(x, self.product)
+        return self.product(x, before, silu, more, residual)
+
+    def product(
+        self, x: Tensor, before: tuple[Tensor, Tensor] | None = None, silu: bool = False, more: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As forward, without the frame."""
         gain, shift = before or (None, None)
         bias = self.bias
         if more is not None:
@@ -134,13 +156,22 @@ class PackedLinear(_PackedLayer):
 
     def __init__(
         self, linear: nn.Linear, bits: Tensor, sigma: Tensor, bias: Tensor | None, levels: Levels | None = None,
-        steps: Tensor | None = None,
+        steps: Tensor | None = None, frame: Frame | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(bits, sigma, bias, ops.Shape(linear.in_features, linear.out_features), levels, steps)
+        super().__init__(bits, sigma, bias, ops.Shape(linear.in_features, linear.out_features), levels, steps, frame)
 
     def forward(self, x: Tensor, before: tuple[Tensor, Tensor] | None = None, residual: Tensor | None = None) -> Tensor:
-        """before: (gain, shift) [N, C]: x [N, L, C] is first replaced by gain x + shift. residual is added to y."""
+        """Around a layer without frame: before: (gain, shift) [N, C]: x [N, L, C] is first replaced by gain x + shift.
+        residual is added to y."""
         self.check(x.shape[-1])
+        if self.frame is not None:
+            if (before, residual) != (None, None):
+                raise ValueError("a layer with a frame is not fused with what stands around it")
+            return self.framed(x, self.product)
+        return self.product(x, before, residual)
+
+    def product(self, x: Tensor, before: tuple[Tensor, Tensor] | None = None, residual: Tensor | None = None) -> Tensor:
+        """As forward, without the frame."""
         gain, shift = before or (None, None)
         y = torch.ops.bdm.linear.default(
             x, self.arranged, self.sigma, self.bias, self.bits, self.step, self.zero, self.low, None, gain, shift,
@@ -150,7 +181,8 @@ class PackedLinear(_PackedLayer):
 
 
 def unpack_(unet: nn.Module, packed: Packed) -> None:
-    """Make a full-precision U-Net on the meta device the packed one, in place; strictly.
+    """Make a U-Net on the meta device the packed one, in place; strictly. Its layers may be a student's: their frames
+    stay.
 
     Layers of 1-bit weights compute on the bits, without an fp32 copy of them. Those of more bits are simulated, as are
     attentions with quantized operands: the same numbers as the student's.
@@ -162,13 +194,14 @@ def unpack_(unet: nn.Module, packed: Packed) -> None:
         plain, steps = modules.get(name), tensors.get(f"{name}.step")
         bits, sigma, bias = (tensors.get(f"{name}.{part}") for part in ("weight", "sigma", "bias"))
         _check(name, plain, layer, bias)
+        frame = getattr(plain, "frame", None)
         if layer.bits == 1:
             kind = PackedConv2d if isinstance(plain, nn.Conv2d) else PackedLinear
-            replacement[plain] = kind(plain, bits, sigma, bias, layer.input, steps)
+            replacement[plain] = kind(plain, bits, sigma, bias, layer.input, steps, frame)
         else:
             kind = QuantConv2d if isinstance(plain, nn.Conv2d) else QuantLinear
             activation = layer.input and GridActivation(layer.input, steps)
-            replacement[plain] = kind(plain, LevelsWeight(layer, sigma.float()), activation)
+            replacement[plain] = kind(plain, Parts(LevelsWeight(layer, sigma.float()), activation, frame))
             rest |= {f"{name}.weight": pack.levels(bits[0], layer)} | ({} if bias is None else {f"{name}.bias": bias})
     replace_(unet, replacement)
     for name, operands in header.attentions.items():

@@ -9,7 +9,8 @@ Safetensors. Of each quantized layer with K output channels of n weights:
     <name>.step    fp32, of its input: [1], or [S] with one per sampling time
 
 `<attention>.processor.<operand>_quantizer.step`: of quantized operands. `times` fp32 [S]: the sampling times, if any
-step depends on them. All else has the student's own names. sigma, biases and what is not quantized: fp32 or fp16.
+step depends on them. All else, a layer's frame included, has the student's own names. sigma, biases and what is not
+quantized: fp32 or fp16.
 The metadata holds `format`, `version`, `header` (a Header as JSON), and `sha256` of header and tensors together.
 """
 
@@ -46,7 +47,7 @@ AGAIN = "copy it again, or make it again with bdm export; nothing was loaded"
 class Levels(NamedTuple):
     """What a Grid says beside its steps."""
 
-    bits: Annotated[int, Field(ge=2, le=8)]
+    bits: Annotated[int, Field(ge=1, le=8)]
     low: int
     zero: int
 
@@ -158,7 +159,12 @@ def pack(
     if any(len(tensor) > 1 for name, tensor in tensors.items() if name.endswith(".step")):
         tensors[TIMES] = torch.tensor(times, dtype=torch.float32)
     inside = tuple([f"{name}." for name in layers] + [f"{name}.processor." for name in attentions])
-    tensors |= {name: tensor for name, tensor in student.state_dict().items() if not name.startswith(inside)}
+    frames = tuple(f"{name}.frame." for name in layers)
+    tensors |= {
+        name: tensor
+        for name, tensor in student.state_dict().items()
+        if name.startswith(frames) or not name.startswith(inside)
+    }
     header = Header(
         recipe=spec, seed=seed, step=step, commit=records.provenance()["commit"], random=random, half=half,
         layers=layers, attentions=attentions,

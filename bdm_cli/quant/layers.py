@@ -7,24 +7,39 @@ threads, and so do packed bits. Half floats, which hold no such sums, are multip
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdm_cli.quant.frames import Frame
 from bdm_cli.quant.quantizers import Quantizer, Term
 
 EXACT = 2**24
 """fp32 holds every integer up to here."""
 
 
-class QuantConv2d(nn.Conv2d):
-    """nn.Conv2d on quantized input and weight; the bias stays real. A None quantizer leaves its tensor as it is.
+class Parts(NamedTuple):
+    """What a layer gets: quantizers (None: that tensor stays as it is), a frame, and whether it keeps its bias."""
 
-    y = conv2d(q_a(x), q_w(w)) + b
+    weight_quantizer: nn.Module | None = None
+    activation_quantizer: nn.Module | None = None
+    frame: Frame | None = None
+    bias: bool = True
+
+
+class QuantConv2d(nn.Conv2d):
+    """nn.Conv2d on quantized input and weight; the bias stays real.
+
+    y = conv2d(q_a(x), q_w(w)) + b; with a frame, y = after(x, conv2d(q_a(before(x)), q_w(w)), b)
+
+    weight_is_real, input_is_real: not quantized for the time being. A method's on_step_ sets them, from the step alone.
     """
 
-    def __init__(self, conv: nn.Conv2d, weight_quantizer: nn.Module | None, activation_quantizer: nn.Module | None):
+    weight_is_real = input_is_real = False
+
+    def __init__(self, conv: nn.Conv2d, parts: Parts):
         with torch.device("meta"):  # the weights come from `conv`
             super().__init__(
                 conv.in_channels,
@@ -34,11 +49,11 @@ class QuantConv2d(nn.Conv2d):
                 conv.padding,
                 conv.dilation,
                 conv.groups,
-                conv.bias is not None,
+                conv.bias is not None and parts.bias,
                 conv.padding_mode,
             )
-        self.weight, self.bias = conv.weight, conv.bias
-        self.weight_quantizer, self.activation_quantizer = weight_quantizer, activation_quantizer
+        self.weight, self.bias = conv.weight, conv.bias if parts.bias else None
+        self.weight_quantizer, self.activation_quantizer, self.frame, _ = parts
 
     def forward(self, x: Tensor) -> Tensor:
         return _forward(self, x, self._conv_forward, (-1, 1, 1))
@@ -47,11 +62,13 @@ class QuantConv2d(nn.Conv2d):
 class QuantLinear(nn.Linear):
     """nn.Linear on quantized input and weight; otherwise as QuantConv2d. y = q_a(x) q_w(W)^T + b"""
 
-    def __init__(self, linear: nn.Linear, weight_quantizer: nn.Module | None, activation_quantizer: nn.Module | None):
+    weight_is_real = input_is_real = False
+
+    def __init__(self, linear: nn.Linear, parts: Parts):
         with torch.device("meta"):
-            super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
-        self.weight, self.bias = linear.weight, linear.bias
-        self.weight_quantizer, self.activation_quantizer = weight_quantizer, activation_quantizer
+            super().__init__(linear.in_features, linear.out_features, linear.bias is not None and parts.bias)
+        self.weight, self.bias = linear.weight, linear.bias if parts.bias else None
+        self.weight_quantizer, self.activation_quantizer, self.frame, _ = parts
 
     def forward(self, x: Tensor) -> Tensor:
         return _forward(self, x, F.linear, (-1,))
@@ -60,25 +77,41 @@ class QuantLinear(nn.Linear):
 def _forward(
     layer: QuantConv2d | QuantLinear, x: Tensor, multiply: Callable[..., Tensor], per_output: tuple[int, ...]
 ) -> Tensor:
-    """multiply(q_a(x), q_w(w), b). per_output: shape of what is one number per output channel."""
-    weight, activation = layer.weight_quantizer, layer.activation_quantizer
+    """multiply(q_a(x), q_w(w), b), in its frame. per_output: shape of what is one number per output channel."""
+    frame = layer.frame
+    if frame is None:
+        return _product(layer, x, layer.bias, multiply, per_output)
+    return frame.after(x, _product(layer, frame.before(x), None, multiply, per_output), layer.bias)
+
+
+def _product(
+    layer: QuantConv2d | QuantLinear,
+    x: Tensor,
+    bias: Tensor | None,
+    multiply: Callable[..., Tensor],
+    per_output: tuple[int, ...],
+) -> Tensor:
+    weight = None if layer.weight_is_real else layer.weight_quantizer
+    activation = None if layer.input_is_real else layer.activation_quantizer
     a = x if activation is None else activation(x)
     half = a.dtype.itemsize < 4 or torch.is_autocast_enabled(a.device.type)
     whole = None if torch.is_grad_enabled() or layer.training or half else _whole(layer)
     if whole is None:
-        return multiply(a, layer.weight if weight is None else weight(layer.weight), layer.bias)
+        return multiply(a, layer.weight if weight is None else weight(layer.weight), bias)
     step, terms = whole
     a = (a / step).round_()
     # round: NNPACK and others convolve by Winograd's transforms, which leave fractions
     parts = [multiply(a, term.levels, None).round_() * (term.sigma * step).view(per_output) for term in terms]
-    if layer.bias is not None:
-        parts[0] += layer.bias.view(per_output)
+    if bias is not None:
+        parts[0] += bias.view(per_output)
     return sum(parts[1:], start=parts[0])
 
 
 def _whole(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, list[Term]] | None:
     """The input's step and the weight in whole numbers, if every sum of their products is exact."""
     weight, activation = layer.weight_quantizer, layer.activation_quantizer
+    if layer.weight_is_real or layer.input_is_real:
+        return None
     if not (isinstance(weight, Quantizer) and isinstance(activation, Quantizer)):
         return None
     try:

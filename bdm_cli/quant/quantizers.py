@@ -1,12 +1,12 @@
 """Quantizers: modules from a tensor to a tensor of few values, with a gradient."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bdm_cli.quant.ste import lsq_ste, scale_gradient, sign_ste
+from bdm_cli.quant.ste import lsq_ste, passing, scale_gradient, sign_ste
 
 
 def per_channel(x: Tensor) -> Tensor:
@@ -32,7 +32,8 @@ class Term(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Quantized activations: step * (clip(round(x / step + zero), low, low + 2^bits - 1) - zero).
+    """Quantized activations: step * (clip(round(x / step + zero), low, low + 2^bits - 1) - zero); of 1 bit,
+    step * sgn(x) (low -1, zero 0).
 
     step: fp32 [1], or [S] with one per time at which the sampler calls the network.
     """
@@ -45,6 +46,8 @@ class Grid(NamedTuple):
     @property
     def most(self) -> int:
         """Bound of |activations| / step."""
+        if self.bits == 1:
+            return 1
         low = self.low - self.zero
         return max(abs(low), abs(low + 2**self.bits - 1))
 
@@ -57,6 +60,11 @@ class Quantizer(nn.Module):
     """
 
     bits: int
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it must see data (calibrate_) before its first use."""
+        return False
 
     def calibrate_(self, x: Tensor) -> None:
         """Set what depends on data from one batch. The default needs none."""
@@ -97,6 +105,57 @@ class SignWeight(Quantizer):
         return [Term(1, -1, sign_ste(weight), self.sigma.flatten())]
 
 
+class MeanSignWeight(Quantizer):
+    """1-bit weights whose scale is computed anew at every forward (ReActNet, BiDM, BiBench).
+
+    q(w) = m sgn(w), m = mean|w| of the output channel or of the whole layer, without a gradient of its own;
+    dq/dw is the estimator's alone, 1[|w| <= 1] by default, **without** the factor m: the released codes wrap the
+    estimator around the scaled value.
+
+    Shapes: w [C_out, ...]. State: none.
+    """
+
+    bits = 1
+
+    def __init__(
+        self, per: Literal["channel", "layer"] = "channel", estimator: Callable[[Tensor], Tensor] = sign_ste
+    ) -> None:
+        super().__init__()
+        self.per, self.estimator = per, estimator
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """m, [C_out, 1, ...] or [1, 1, ...]."""
+        mean = per_channel(weight.detach().abs())
+        return mean if self.per == "channel" else mean.mean(0, keepdim=True)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        sign = self.estimator(weight)
+        return passing(self.scale(weight) * sign.detach(), sign)
+
+    def terms(self, weight: Tensor) -> list[Term]:
+        return [Term(1, -1, sign_ste(weight), self.scale(weight).flatten())]
+
+    def extra_repr(self) -> str:
+        return f"per {self.per}"
+
+
+class SignActivation(Quantizer):
+    """1-bit activations: q(x) = sgn(x), with the estimator's gradient. Scale and threshold are the layer's Frame's."""
+
+    bits = 1
+
+    def __init__(self, estimator: Callable[[Tensor], Tensor] = sign_ste) -> None:
+        super().__init__()
+        self.estimator = estimator
+        self.register_buffer("step", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.estimator(x)
+
+    def grid(self, times: Sequence[float] | None = None) -> Grid:
+        return Grid(1, -1, 0, self.step)
+
+
 class Lsq(Quantizer):
     """Uniform quantizer with a learned step size (LSQ, arXiv:1902.08153, Eqs. 1-3), for weights and activations.
 
@@ -120,6 +179,10 @@ class Lsq(Quantizer):
         self.high = self.low + 2**bits - 1
         self.scale = nn.Parameter(torch.full(scale_shape, torch.nan))
         self.register_buffer("zero_point", torch.tensor(float(zero_point)))
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self.scale.isnan().any())
 
     @torch.no_grad()
     def calibrate_(self, x: Tensor) -> None:

@@ -25,6 +25,46 @@ def sign_ste(x: Tensor) -> Tensor:
     return _SignClip.apply(x)
 
 
+class _SignPoly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * (2 - 2 * x.abs()).clamp_(min=0)
+
+
+def sign_poly_ste(x: Tensor) -> Tensor:
+    """Sign with Bi-Real's piecewise polynomial estimator (arXiv:1808.00278, Eq. 7).
+
+    sgn(x) = +1 if x >= 0 else -1;  d sgn/dx = 2 - 2 |x| if |x| <= 1 else 0.
+    """
+    return _SignPoly.apply(x)
+
+
+class _Passing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor, source: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
+def passing(value: Tensor, source: Tensor) -> Tensor:
+    """`value`, whose gradient goes to `source` as it is: d value/d source = 1. Shapes: equal."""
+    return _Passing.apply(value.detach(), source)
+
+
+def sign_identity_ste(x: Tensor) -> Tensor:
+    """Sign with the plain straight-through estimator (DoReFa-Net, arXiv:1606.06160, Eq. 7): d sgn/dx = 1."""
+    return passing(torch.where(x >= 0, 1.0, -1.0).to(x.dtype), x)
+
+
 class _Lsq(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, s: Tensor, z: Tensor, low: int, high: int) -> Tensor:

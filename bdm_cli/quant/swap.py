@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from bdm_cli.quant.layers import QuantAttnProcessor, QuantConv2d, QuantLinear
+from bdm_cli.quant.layers import Parts, QuantAttnProcessor, QuantConv2d, QuantLinear
 
 EDGES = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
 """The layers next to input and output (the four special layers of the released code)."""
@@ -91,20 +92,18 @@ def sites(unet: nn.Module) -> list[tuple[Site, nn.Conv2d | nn.Linear]]:
     return found
 
 
-def swap_layers_(
-    unet: nn.Module, make: Callable[[nn.Conv2d | nn.Linear, Site], tuple[nn.Module | None, nn.Module | None] | None]
-) -> None:
+def swap_layers_(unet: nn.Module, make: Callable[[nn.Conv2d | nn.Linear, Site], Parts | None]) -> None:
     """Replace every Conv2d and Linear in place by its quantized subclass.
 
-    make(layer, site) returns (weight quantizer, activation quantizer), or None to leave the layer as it is. A layer
-    that is registered under several names (diffusers' samplers) is replaced under each.
+    make(layer, site) returns what the layer gets, or None to leave it as it is. A layer that is registered under
+    several names (diffusers' samplers) is replaced under each.
     """
     replacement: dict[nn.Module, nn.Module] = {}
     for site, layer in sites(unet):
-        quantizers = make(layer, site)
-        if quantizers is not None:
+        parts = make(layer, site)
+        if parts is not None:
             kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-            replacement[layer] = kind(layer, *quantizers).train(layer.training)
+            replacement[layer] = kind(layer, parts).train(layer.training)
     replace_(unet, replacement)
 
 
@@ -133,3 +132,40 @@ def quantized_layers(unet: nn.Module) -> Iterator[tuple[str, QuantConv2d | Quant
     for name, module in unet.named_modules():
         if isinstance(module, QuantConv2d | QuantLinear):
             yield name, module
+
+
+# ---- what depends on more than one call's input --------------------------------------------------------------------
+
+
+class Timed:
+    """Mixin of modules that depend on the timestep: `timestep` is that of each image of this call, [N] (or [1]), once
+    tell_time_ has been called on their U-Net."""
+
+    timestep: Tensor | None = None
+
+
+def tell_time_(unet: nn.Module) -> None:
+    """Let every Timed module of the U-Net, or of a copy of it, read the timestep of each call."""
+    unet.register_forward_pre_hook(_tell, with_kwargs=True)
+
+
+def _tell(unet: nn.Module, arguments: tuple, options: dict) -> None:
+    timestep = torch.as_tensor(options["timestep"] if "timestep" in options else arguments[1]).reshape(-1)
+    for module in unet.modules():
+        if isinstance(module, Timed):
+            module.timestep = timestep
+
+
+class Remembering:
+    """Mixin of modules that keep something from one call of a sampler to its next."""
+
+    def forget(self) -> None:
+        """Drop what was kept: the next call begins a new trajectory."""
+        raise NotImplementedError
+
+
+def begin_trajectory_(unet: nn.Module) -> None:
+    """To be called before the first call of every sampling: what was kept of another one is dropped."""
+    for module in unet.modules():
+        if isinstance(module, Remembering):
+            module.forget()

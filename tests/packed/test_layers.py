@@ -17,7 +17,7 @@ from bdm_cli.methods.binarydm import EbbWeight
 from bdm_cli.packed import pack
 from bdm_cli.packed.layers import GridActivation, PackedConv2d, PackedLinear, unpack_
 from bdm_cli.packed.pack import Packed
-from bdm_cli.quant.layers import QuantConv2d, QuantLinear
+from bdm_cli.quant.layers import Parts, QuantConv2d, QuantLinear
 from bdm_cli.quant.quantizers import Grid, Lsq, SignWeight
 from bdm_cli.recipe import Recipe
 
@@ -68,7 +68,7 @@ def test_a_layer_computes_what_it_did(
     plain = LAYERS[name](bias)
     x = torch.randn(3, 7, 6) if name == "linear" else torch.randn(2, 6, 9, 7)
     kind, packed_kind = (QuantLinear, PackedLinear) if name == "linear" else (QuantConv2d, PackedConv2d)
-    layer = kind(plain, weights(plain.weight), activations(*inputs, x)).eval()
+    layer = kind(plain, Parts(weights(plain.weight), activations(*inputs, x))).eval()
     ours = unpacked(tiny_recipe(), layer, LAYERS[name](bias))
     assert type(ours) is packed_kind
     trained = layer(x).detach()
@@ -109,7 +109,7 @@ def test_layers_of_more_bits_are_simulated_bit_for_bit(bits: int, tiny_recipe: T
     plain, x = nn.Conv2d(6, 10, 3, padding=1), torch.randn(2, 6, 9, 7)
     quantizer = Lsq(bits, scale_shape=(10, 1, 1, 1))
     quantizer.calibrate_(plain.weight.detach())
-    layer = QuantConv2d(plain, quantizer, activations(4, True, 0, x)).eval()
+    layer = QuantConv2d(plain, Parts(quantizer, activations(4, True, 0, x))).eval()
     ours = unpacked(tiny_recipe(), layer, nn.Conv2d(6, 10, 3, padding=1))
     assert type(ours) is QuantConv2d
     with torch.no_grad():

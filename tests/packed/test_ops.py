@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bdm_cli.errors import BdmError
 from bdm_cli.packed import build, ops
-from bdm_cli.quant.layers import QuantConv2d, QuantLinear
+from bdm_cli.quant.layers import Parts, QuantConv2d, QuantLinear
 from bdm_cli.quant.quantizers import Lsq, SignWeight
 
 USABLE = [name for name in ops.PATHS if name == "torch" or name in ops.library().paths]
@@ -269,7 +269,7 @@ def test_the_same_as_the_simulated_layer(path: str, bits: int, signed: bool, lay
     quantizer = Lsq(bits, signed, zero_point=3)
     x = torch.randn(2, 37, 11, 9).to(memory_format=layout)
     quantizer.calibrate_(x)
-    layer = QuantConv2d(conv, SignWeight(conv.weight), quantizer).eval()
+    layer = QuantConv2d(conv, Parts(SignWeight(conv.weight), quantizer)).eval()
     grid = quantizer.grid([0])
     with forced(path), torch.no_grad():
         y = convolve(x, conv.weight, bits, grid.step.item(), grid.zero, grid.low, (2, 2), (1, 1),
@@ -285,7 +285,7 @@ def test_a_linear_layer(path: str, shape: tuple[int, ...]):
     torch.manual_seed(0)
     linear, x, quantizer = nn.Linear(45, 67), torch.randn(shape), Lsq(4)
     quantizer.calibrate_(x)
-    layer = QuantLinear(linear, SignWeight(linear.weight), quantizer).eval()
+    layer = QuantLinear(linear, Parts(SignWeight(linear.weight), quantizer)).eval()
     with forced(path), torch.no_grad():
         weight = ops.arrange(ops.pack_signs(linear.weight), ops.Shape(45, 67))
         sigma = layer.weight_quantizer.sigma.flatten()

@@ -24,7 +24,7 @@ from bdm_cli.methods.binarydm import EbbWeight
 from bdm_cli.metrics import cost
 from bdm_cli.packed import pack
 from bdm_cli.packed.pack import Layer
-from bdm_cli.quant.layers import QuantConv2d, QuantLinear
+from bdm_cli.quant.layers import Parts, QuantConv2d, QuantLinear
 from bdm_cli.quant.quantizers import Lsq, Quantizer, SignWeight, Term, lsq_weight
 from bdm_cli.recipe import Recipe
 
@@ -203,7 +203,7 @@ class Other(Quantizer):
 
 def quantized(layer: nn.Conv2d | nn.Linear, activation: nn.Module | None, weight: Callable = SignWeight) -> nn.Module:
     kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-    return one_layer(kind(layer, weight(layer.weight), activation))
+    return one_layer(kind(layer, Parts(weight(layer.weight), activation)))
 
 
 REFUSED = {
@@ -228,7 +228,7 @@ REFUSED = {
         "zero point is 0.5, which is no integer",
     ),
     "real weights": (
-        lambda: one_layer(QuantConv2d(conv(), None, activations())),
+        lambda: one_layer(QuantConv2d(conv(), Parts(None, activations()))),
         "its weights are not quantized, only its input",
     ),
 }

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from bdm_cli.methods.binarydm import EbbWeight
-from bdm_cli.quant.layers import QuantConv2d, QuantLinear
+from bdm_cli.quant.layers import Parts, QuantConv2d, QuantLinear
 from bdm_cli.quant.quantizers import Lsq, Quantizer, SignWeight, lsq_weight
 
 WEIGHTS = {"signs": SignWeight, "two bases": EbbWeight, "2 bits": lambda weight: lsq_weight(2, weight)}
@@ -16,7 +16,8 @@ def layer(kind: str, weights: str, bits: int = 4, zero: int = 0) -> nn.Module:
     plain = nn.Conv2d(24, 32, 3, padding=1) if kind == "conv" else nn.Linear(24, 32)
     activation = Lsq(bits, signed=not zero, zero_point=zero)
     activation.calibrate_(torch.randn(1000))
-    quantized = (QuantConv2d if kind == "conv" else QuantLinear)(plain, WEIGHTS[weights](plain.weight), activation)
+    kind = QuantConv2d if kind == "conv" else QuantLinear
+    quantized = kind(plain, Parts(WEIGHTS[weights](plain.weight), activation))
     return quantized.eval()
 
 
@@ -85,7 +86,7 @@ def test_what_is_not_whole_is_computed_as_in_training(what: str):
         quantized.activation_quantizer.scale.data.fill_(0.1)
     else:
         wide = nn.Conv2d(240, 4, 3)
-        quantized, x = QuantConv2d(wide, lsq_weight(8, wide.weight), Lsq(8)).eval(), torch.randn(2, 240, 5, 5)
+        quantized, x = QuantConv2d(wide, Parts(lsq_weight(8, wide.weight), Lsq(8))).eval(), torch.randn(2, 240, 5, 5)
         quantized.activation_quantizer.calibrate_(x)
     with torch.no_grad():
         drawn = quantized(x)
@@ -96,7 +97,7 @@ def test_what_is_not_whole_is_computed_as_in_training(what: str):
 def test_half_floats_are_multiplied_as_in_training(dtype: torch.dtype):
     """Sums of 8-bit whole numbers go beyond 65504."""
     plain = nn.Linear(224, 32)
-    quantized = QuantLinear(plain, lsq_weight(8, plain.weight), Lsq(8)).eval()
+    quantized = QuantLinear(plain, Parts(lsq_weight(8, plain.weight), Lsq(8))).eval()
     x = torch.ones(4, 224) + torch.rand(4, 224)
     plain.weight.data.abs_()
     quantized.activation_quantizer.scale.data.fill_(2 / 127)

@@ -12,7 +12,7 @@ from torch import nn
 
 from bdm_cli import recipe
 from bdm_cli.diffusion.models import build_unet
-from bdm_cli.quant.layers import QuantAttnProcessor, QuantConv2d, QuantLinear
+from bdm_cli.quant.layers import Parts, QuantAttnProcessor, QuantConv2d, QuantLinear
 from bdm_cli.quant.quantizers import Lsq, SignWeight
 from bdm_cli.quant.swap import EDGES, Site, quantized_layers, sites, swap_attention_, swap_layers_, timestep_blocks
 
@@ -138,7 +138,7 @@ def test_a_layer_under_two_names_is_swapped_under_both(tiny: nn.Module):
     resnet.again = resnet.conv1
     nothing = nn.Conv2d(1, 1, 1)
     resnet.spare = None
-    swap_layers_(tiny, lambda layer, site: (SignWeight(layer.weight), None))
+    swap_layers_(tiny, lambda layer, site: Parts(SignWeight(layer.weight)))
     assert isinstance(resnet.conv1, QuantConv2d)
     assert resnet.again is resnet.conv1
     assert sum(module is resnet.conv1 for module in tiny.modules()) == 1
@@ -148,7 +148,7 @@ def test_a_layer_under_two_names_is_swapped_under_both(tiny: nn.Module):
 
 def test_swapped_layers_keep_parameters_and_state_dict_keys(tiny: nn.Module):
     before = dict(tiny.named_parameters())
-    swap_layers_(tiny, lambda layer, site: (SignWeight(layer.weight), Lsq(4)))
+    swap_layers_(tiny, lambda layer, site: Parts(SignWeight(layer.weight), Lsq(4)))
     after = dict(tiny.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
     added = {name.rsplit(".", 2)[1:][0] for name in after.keys() - before.keys()}
@@ -159,7 +159,7 @@ def test_swapped_layers_keep_parameters_and_state_dict_keys(tiny: nn.Module):
 def test_none_leaves_a_layer_and_the_training_mode_is_kept(tiny: nn.Module):
     tiny.train()
     tiny.conv_in.eval()
-    swap_layers_(tiny, lambda layer, site: None if site.name == "conv_out" else (None, None))
+    swap_layers_(tiny, lambda layer, site: None if site.name == "conv_out" else Parts())
     assert type(tiny.conv_out) is nn.Conv2d
     assert not tiny.conv_in.training
     assert tiny.time_embedding.linear_1.training
@@ -172,7 +172,7 @@ def test_none_leaves_a_layer_and_the_training_mode_is_kept(tiny: nn.Module):
 def test_layers_without_quantizers_equal_the_original_bit_for_bit(tiny: nn.Module):
     x, t = inputs()
     before = tiny(x, t)[0]
-    swap_layers_(tiny, lambda layer, site: (None, None))
+    swap_layers_(tiny, lambda layer, site: Parts())
     assert len(list(quantized_layers(tiny))) == len(sites(tiny)) > 40
     assert torch.equal(tiny(x, t)[0], before)
 
@@ -188,7 +188,7 @@ CONVS = [
 @pytest.mark.parametrize("conv", CONVS, ids=lambda conv: conv.extra_repr())
 def test_a_conv_of_any_form_is_the_same_conv(conv: nn.Conv2d):
     x = torch.randn(2, 4, 9, 9)
-    swapped = QuantConv2d(conv, None, None)
+    swapped = QuantConv2d(conv, Parts())
     assert torch.equal(swapped(x), conv(x))
     assert swapped.weight is conv.weight
     assert swapped.extra_repr() == conv.extra_repr()
@@ -202,7 +202,7 @@ def test_quantized_layers_compute_on_quantized_operands():
         activations.calibrate_(x)
         reference = copy.deepcopy(layer)
         reference.weight.data = weights(layer.weight).detach()
-        assert torch.equal(kind(layer, weights, activations)(x), reference(activations(x)))
+        assert torch.equal(kind(layer, Parts(weights, activations))(x), reference(activations(x)))
 
 
 class Named(nn.Identity):
@@ -321,7 +321,7 @@ def test_attention_refuses_what_it_does_not_compute():
 
 
 def test_a_copied_network_does_not_feed_its_original(tiny: nn.Module):
-    swap_layers_(tiny, lambda layer, site: (SignWeight(layer.weight), Lsq(8)))
+    swap_layers_(tiny, lambda layer, site: Parts(SignWeight(layer.weight), Lsq(8)))
     for module in tiny.modules():
         if isinstance(module, Lsq):
             module.scale.data.fill_(0.1)

@@ -1,0 +1,73 @@
+"""Frames: what methods put around a layer's product, and the parts that two or more of them use."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Frame(nn.Module):
+    """What stands around a quantized layer: y = after(x, product(q_a(before(x)), q_w(w)), b). It stays in fp32.
+
+    The default adds the bias, as a plain layer does. State: parameters and persistent buffers only.
+    Shapes: x [N, C, H, W] or [N, ..., C]; product [N, K, H', W'] or [N, ..., K]; bias [K] or None.
+    """
+
+    def before(self, x: Tensor) -> Tensor:
+        """What is quantized in place of the input x."""
+        return x
+
+    def after(self, x: Tensor, product: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output. x: its input as it came."""
+        return with_bias(product, bias)
+
+    def operations(self, read: torch.Size, written: torch.Size) -> int:
+        """Additions and multiplications in full precision at inference, of inputs `read` to outputs `written`."""
+        return 0
+
+    def stored(self) -> int:
+        """Numbers in fp32 that inference needs: all of its state, where it says nothing else."""
+        return sum(tensor.numel() for tensor in self.state_dict().values())
+
+
+def with_bias(product: Tensor, bias: Tensor | None) -> Tensor:
+    """Shapes: product [N, K, H, W] with bias [K], or [..., K] with [K]."""
+    if bias is None:
+        return product
+    return product + (bias.view(-1, 1, 1) if product.dim() == 4 else bias)
+
+
+def channels_shape(layer: nn.Module, channels: int) -> tuple[int, ...]:
+    """Shape of one number per channel, to broadcast against a layer's inputs or outputs: [C, 1, 1], of linears [C]."""
+    return (channels, 1, 1) if isinstance(layer, nn.Conv2d) else (channels,)
+
+
+class RPReLU(nn.Module):
+    """ReActNet's activation (arXiv:2003.03488, Eq. 5): f(y) = PReLU(y + move_1) + move_2, slope below 0, per channel.
+
+    The paper subtracts a first and adds a second shift; the released code adds both. slope starts at 0.25, shifts at 0.
+    Shapes: as the layer's output. State: move_1, move_2, slope (parameters) of channels_shape.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.move_1 = nn.Parameter(torch.zeros(*shape))
+        self.move_2 = nn.Parameter(torch.zeros(*shape))
+        self.slope = nn.Parameter(torch.full(tuple(shape), 0.25))
+
+    def forward(self, y: Tensor) -> Tensor:
+        y = y + self.move_1
+        return torch.where(y >= 0, y, self.slope * y) + self.move_2
+
+
+def resized(x: Tensor, like: Tensor) -> Tensor:
+    """A feature map at the side lengths of another: average-pooled if it is larger, repeated if smaller.
+
+    Shapes: x [N, C, H, W] -> [N, C, H', W'] with like [N, K, H', W']; linears' [N, ..., C] as they are.
+    """
+    if x.dim() < 4 or x.shape[2:] == like.shape[2:]:
+        return x
+    if x.shape[2] < like.shape[2]:
+        return F.interpolate(x, like.shape[2:], mode="nearest")
+    return F.adaptive_avg_pool2d(x, like.shape[2:])
