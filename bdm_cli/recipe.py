@@ -60,7 +60,7 @@ def neutral(dataset: str) -> set[str]:
     return NEUTRAL - {"data.path"} if dataset == "folder" else NEUTRAL
 
 
-SHARED_METHOD_KEYS = ("activation_bits", "edge_bits", "attention_matmul")
+SHARED_METHOD_KEYS = ("activation_bits", "edge_bits", "attention_matmul", "real_skips")
 """Fields that every method has (methods/base.py), kept when `--method` or a child recipe changes the method."""
 
 AFTER_TRAINING = {"sample", "evaluate"}

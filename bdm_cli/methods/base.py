@@ -14,6 +14,9 @@ from bdm_cli.quant.quantizers import Lsq, Quantizer, SignWeight, lsq_weight
 from bdm_cli.quant.swap import Block, Site, Timed, begin_trajectory_, swap_attention_, swap_layers_, tell_time_
 from bdm_cli.recipe import Recipe
 
+closed = pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+"""A method's fields are a closed table: unknown keys, other types and infinities are faults."""
+
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 32]
 Layer = nn.Conv2d | nn.Linear
 
@@ -60,7 +63,7 @@ class Forward:
     estimate_fp: Tensor | None = None
 
 
-@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+@closed
 class Method:
     """The baseline (BinaryDM, arXiv:2404.05662, Sec. 3.1): 1-bit weights with learned scales, LSQ activations.
 
@@ -68,11 +71,13 @@ class Method:
     edge_bits: weights and inputs of the layers next to input and output (quant.swap.EDGES); 32 leaves them fp32, as the
         released code does. Their inputs stay real where activation_bits is 32.
     attention_matmul: quantize the operands of QK^T and AV too, to activation_bits (released code; the paper is silent).
+    real_skips: leave the 1x1 convs on the ResBlocks' shortcuts in fp32 (BiDM's released code, at 1-bit activations).
     """
 
     activation_bits: Bits = 4
     edge_bits: Bits = 8
     attention_matmul: bool = False
+    real_skips: bool = False
 
     data_free: ClassVar[bool] = False
     """Whether batches lie along the teacher's own sampling trajectories (diffusion/trajectories.py) and not on data."""
@@ -87,7 +92,7 @@ class Method:
 
     def keep_fp(self, site: Site) -> bool:
         """Whether the layer is left as it is."""
-        return site.edge and self.edge_bits == 32
+        return (site.edge and self.edge_bits == 32) or (site.skip and self.real_skips)
 
     def weight_quantizer(self, layer: Layer, site: Site) -> Quantizer | None:
         return lsq_weight(self.edge_bits, layer.weight) if site.edge else SignWeight(layer.weight)

@@ -3,14 +3,13 @@
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-import pydantic
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from bdm_cli.diffusion.losses import FeatureTaps, LowRankMimicking, mimicking_mse
 from bdm_cli.errors import BdmError
-from bdm_cli.methods.base import Forward, Keeper, Layer, Method
+from bdm_cli.methods.base import Forward, Keeper, Layer, Method, closed
 from bdm_cli.quant.quantizers import Quantizer, SignWeight, Term, per_channel
 from bdm_cli.quant.ste import sign_ste
 from bdm_cli.quant.swap import Block, Site, quantized_layers, timestep_blocks
@@ -55,7 +54,7 @@ class EbbWeight(Quantizer):
         return single
 
 
-@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+@closed
 class Ebb(Method):
     """The baseline with EBB on the head and tail blocks (row '+EBB').
 
@@ -113,7 +112,7 @@ class Ebb(Method):
                 layer.weight_quantizer = layer.weight_quantizer.evolved()
 
 
-@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+@closed
 class BinaryDM(Ebb):
     """EBB and LRM: L = L_simple + L_EBB + lambda * mean_i L_LRM,i (Sec. 3.3, Eq. 15).
 

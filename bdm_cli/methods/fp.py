@@ -2,13 +2,12 @@
 
 from typing import Literal
 
-import pydantic
 from torch import nn
 
-from bdm_cli.methods.base import Method
+from bdm_cli.methods.base import Method, closed
 
 
-@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+@closed
 class FullPrecision(Method):
     """The student is the unchanged full-precision network. Both bit fields must say so."""
 

@@ -2,14 +2,12 @@
 
 from typing import Literal
 
-import pydantic
-
-from bdm_cli.methods.base import Layer, Method
+from bdm_cli.methods.base import Layer, Method, closed
 from bdm_cli.quant.quantizers import Quantizer, lsq_weight
 from bdm_cli.quant.swap import Site
 
 
-@pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+@closed
 class LsqMethod(Method):
     """Weights by signed LSQ, one learned step size per output channel; at 2 bits the levels are -2..1 steps."""
 

@@ -61,7 +61,7 @@ class LayerCost:
     @property
     def skip(self) -> bool:
         """Whether it is the 1x1 conv on a ResBlock's shortcut."""
-        return self.name.endswith(".conv_shortcut")
+        return self.site.skip
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def meta_inputs(unet: nn.Module) -> dict[str, torch.Tensor]:
 def _layer_cost(site: Site, layer: nn.Conv2d | nn.Linear, read: torch.Size, written: torch.Size) -> LayerCost:
     """Every output number takes as many MACs as the layer has weights per output channel."""
     shape = tuple(layer.weight.shape)
-    kind = "conv" if isinstance(layer, nn.Conv2d) else "projection" if ".to_" in site.name else "linear"
+    kind = "conv" if isinstance(layer, nn.Conv2d) else "projection" if site.projection else "linear"
     weights, biases = layer.weight.numel(), 0 if layer.bias is None else layer.bias.numel()
     macs = written.numel() * (weights // shape[0])
     return LayerCost(site, kind, shape, weights, biases, macs, read.numel(), written.numel())

@@ -77,6 +77,21 @@ class Site:
         return "tail" if self.block >= self.n_blocks - min(scope, half) else "body"
 
     @property
+    def skip(self) -> bool:
+        """Whether it is the 1x1 conv on a ResBlock's shortcut."""
+        return self.name.endswith(".conv_shortcut")
+
+    @property
+    def projection(self) -> bool:
+        """Whether it is an attention's q, k, v or output (CompVis: 1-d convs)."""
+        return ".to_" in self.name
+
+    @property
+    def embedding(self) -> bool:
+        """Whether it brings the time embedding into a ResBlock (CompVis: emb_layers)."""
+        return self.name.endswith(".time_emb_proj")
+
+    @property
     def middle(self) -> bool:
         return self.block == self.n_blocks // 2
 
