@@ -78,6 +78,29 @@ def recipes(
 
 
 @app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this method: what it is, its fields, its recipes.")] = None,
+    cost: Annotated[
+        bool, typer.Option("--cost/--no-cost", help="Count size and operations, ask whether it packs (seconds).")
+    ] = True,
+    form: Form = Format.table,
+) -> None:
+    """List the methods: paper, bits, size and operations on LDM-4, tables, whether they pack; or explain one.
+
+    Size and operations are those of the network that the method's recipe builds, as `bdm efficiency --method` counts.
+
+    Example: `bdm methods bidm`
+    """
+    from bdm_cli.jobs import methods
+
+    if name is not None:
+        show(methods.one(name), form, name)
+        return
+    table = methods.run(cost)
+    show(methods.narrow(table) if form == Format.table else table, form, "Methods")
+
+
+@app.command()
 def doctor(form: Form = Format.table) -> None:
     """Say what this machine has, and what each data set's recipes still miss.
 
@@ -392,6 +415,13 @@ def efficiency(
     structure: Annotated[
         str | None, typer.Option("--structure", help="plain, high-order, lmb, bidm, bidm-paper; default: as printed.")
     ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Count this recipe's network, as its method builds it.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="Count the recipes of these methods: comma-separated, or all.")
+    ] = None,
+    overrides: Overrides = None,
     scales: Annotated[
         str, typer.Option("--scales", help="Scales that count: none, paper (as printed sizes), all.")
     ] = "paper",
@@ -404,22 +434,30 @@ def efficiency(
 ) -> None:
     """Model size and operations (Eqs. 16-17), counted on the real network definition, beside the papers' numbers.
 
-    %: difference from the paper's number beside it. x: saving against full precision (in brackets the paper's). json
-    and csv hold more columns than the table.
+    %: difference from the paper's number beside it. x: saving against full precision (in brackets the paper's). +: what
+    a recipe's method has beyond layers of its bits. json and csv hold more columns than the table.
 
     Example: `bdm efficiency --bits 1/4 --model ldm4-bedrooms`, or
-    `bdm efficiency --bits 1/1 --model ldm4-bedrooms --structure bidm --by-block`
+    `bdm efficiency --recipe bedrooms-w1a1-bidm --by-block`, or `bdm efficiency --method reactnet,bidiffsr`
     """
     if by_layer and by_block:
         raise BdmError("--by-layer and --by-block are two tables.\n  give one of them")
     from bdm_cli.jobs import efficiency
 
-    options = (bits, model, edges, structure, scales, attention)
-    if by_layer or by_block:
-        by = "layer" if by_layer else "block"
-        show(efficiency.narrow(efficiency.parts(by, *options), form), form, f"{model} at W/A = {bits}, by {by}")
-        return
-    table, notes = efficiency.run(*options)
+    by = "layer" if by_layer else "block" if by_block else None
+    given = (recipe, overrides or [], method, bits, model, edges, structure)
+    if specs := efficiency.chosen(*given, by):
+        if by:
+            table = efficiency.parts_built(by, specs[0], scales, attention)
+            show(efficiency.narrow(table, form), form, f"{specs[0].id}, by {by}")
+            return
+        table, notes = efficiency.built(specs, scales, attention)
+    else:
+        options = (bits, model, edges, structure, scales, attention)
+        if by:
+            show(efficiency.narrow(efficiency.parts(by, *options), form), form, f"{model} at W/A = {bits}, by {by}")
+            return
+        table, notes = efficiency.run(*options)
     for title, sheet in efficiency.sheets(table, form):
         show(sheet, form, title)
     for note in notes:

@@ -503,6 +503,8 @@ def sibling(name: str, method: str) -> str:
         return f"{name}-{method}"
     dataset, bits = found[1], found[2]
     special = {"fp": f"{dataset}-fp", "binarydm": f"{dataset}-w1a{bits}", "lsq": f"{dataset}-w2a{bits}-lsq"}
+    if bits != "1" and method in ("qdiffusion", "efficientdm"):
+        return f"{dataset}-w4a{bits}-{method}"
     return special.get(method, f"{dataset}-w1a{bits}-{method}")
 
 

@@ -9,6 +9,21 @@ from bdm_cli.packed import pack
 from bdm_cli.packed.pack import Packed
 from bdm_cli.recipe import Model, Recipe
 
+ONE_BIT = ("method.activation_bits=1", "method.edge_bits=32", "method.real_skips=true")
+"""What BiDM's tables share."""
+
+OWN = {
+    "ebb": ("method.ebb_scope=4",),
+    "lmb": ("method.ebb_scope=4",),
+    "qdm": ("method.attention_matmul=true",),
+    "qdiffusion": ("method.iterations=4", "method.calibration_steps=2", "method.calibration_images=8", "train.steps=0"),
+    **dict.fromkeys(("xnorpp", "bbcu", "dorefa", "reste", "xnor", "bidm"), ONE_BIT),
+}
+"""Values that a method's case on the tiny network needs."""
+
+REFUSED = {"qdm": "per channel"}
+"""Methods without a packed form, with a word of the reason."""
+
 
 def finished(spec: Recipe, evolved: bool = True) -> nn.Module:
     """A student of random weights. Every parameter is moved a little, so that none is where it started.

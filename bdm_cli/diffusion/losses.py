@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdm_cli.errors import BdmError
 from bdm_cli.quant.swap import Block
 
 
@@ -43,6 +44,16 @@ class FeatureTaps:
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+def features_of(unet: nn.Module, blocks: Sequence[Block], batch: tuple) -> list[Tensor]:
+    """The outputs of these blocks in one forward."""
+    taps = FeatureTaps(unet, blocks)
+    try:
+        unet(*batch)
+        return taps.take()
+    finally:
+        taps.remove()
 
 
 def components(channels: int, k: float) -> int:
@@ -83,6 +94,19 @@ class LowRankMimicking(nn.Module):
                 raise ValueError(f"K = {k} leaves no component of the {c} channels of block {index}")
             self.register_buffer(f"basis_{index}", torch.zeros(c, components(c, k)))
 
+    @classmethod
+    @torch.no_grad()
+    def of(cls, teacher: nn.Module, blocks: Sequence[Block], batch: tuple, k: float) -> "LowRankMimicking":
+        """Fitted to the teacher's features of one batch. Raises: BdmError if K (`method.lrm_k`) is too large."""
+        features = features_of(teacher, blocks, batch)
+        try:
+            found = cls([f.shape[1] for f in features], k)
+        except ValueError as error:
+            most = 2 * min(f.shape[1] for f in features)
+            raise BdmError(f"method.lrm_k: {error}.\n  at most {most} here, twice the narrowest block") from None
+        found.to(features[0].device).fit_(features)
+        return found
+
     @torch.no_grad()
     def fit_(self, features_fp: Sequence[Tensor]) -> None:
         """Set the bases from the teacher's features of one batch."""
@@ -101,3 +125,37 @@ class LowRankMimicking(nn.Module):
 def mimicking_mse(features_fp: Sequence[Tensor], features_bi: Sequence[Tensor]) -> Tensor:
     """L_MSE of Tables 13-14: as L_LRM without projection."""
     return torch.stack([F.mse_loss(bi, fp) for fp, bi in zip(features_fp, features_bi, strict=True)]).mean()
+
+
+def patch_relations(features_fp: Sequence[Tensor], features_bi: Sequence[Tensor], patches: int) -> Tensor:
+    """L_SPD (BiDM, arXiv:2412.05926, Sec. 3.3): how the rows of each patch relate, in teacher and student.
+
+    A map is cut into p x p patches P of floor(H / p) x floor(W / p), side by side from the upper left corner on; each
+    has A = P P^T over its last two axes, [N, C, floor(H / p), floor(H / p)].
+    L = mean over blocks and patches of || A_fp / ||A_fp|| - A_bi / ||A_bi|| ||, with Frobenius norms over the whole of
+    A, batch and channels included, not squared. Its gradient is 0 where the two agree; none reaches the teacher.
+
+    The text's (1 / p^2) sum over patches and 1 / (2 d + 1) sum over blocks are these means. It prints patches that
+    begin one pixel apart; the released code has them side by side. What a norm is taken over is the code's reading.
+    A map narrower than p has no patch: its L is 0 and counts in the mean over blocks, as in the released code.
+
+    Shapes: features [N, C, H, W], as many of the teacher as of the student.
+    """
+    losses = []
+    for fp, bi in zip(features_fp, features_bi, strict=True):
+        if min(fp.shape[2:]) < patches:
+            losses.append(bi.new_zeros(()))
+            continue
+        a_fp, a_bi = _relations(fp.detach(), patches), _relations(bi, patches)
+        losses.append(torch.linalg.vector_norm(a_fp - a_bi, dim=(1, 2, 3, 4)).mean())
+    return torch.stack(losses).mean()
+
+
+def _relations(feature: Tensor, patches: int) -> Tensor:
+    """A / ||A|| of every patch, [p * p, N, C, h, h]."""
+    h, w = (side // patches for side in feature.shape[2:])
+    cut = feature[:, :, : patches * h, : patches * w].unflatten(3, (patches, w)).unflatten(2, (patches, h))
+    rows = cut.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)
+    relations = rows @ rows.transpose(-1, -2)
+    norms = torch.linalg.vector_norm(relations, dim=(1, 2, 3, 4), keepdim=True)
+    return relations / norms.clamp_min(1e-12)

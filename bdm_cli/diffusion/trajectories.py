@@ -12,7 +12,7 @@ from bdm_cli.diffusion.sampling import draw, guided, sample, times
 from bdm_cli.recipe import Recipe
 
 STREAM = 2
-"""Keeps the start noise of trajectories apart from that of the images that are drawn later with the same seed."""
+"""Keeps the noise of trajectories apart from that of the images that are drawn later with the same seed."""
 
 
 class Call(NamedTuple):
@@ -56,7 +56,9 @@ class Calls:
         """Every call of one trajectory, in the sampler's order."""
         spec, settings, n = self.spec, self.spec.sample, self.spec.train.batch
         indices = range(number * n, (number + 1) * n)
-        streams = [np.random.default_rng([self.seed, STREAM, index]) for index in indices]
+        # not [seed, STREAM, index]: NumPy fills short seeds up with zeros, so that index 0 would be image STREAM's own
+        seeds = [np.random.SeedSequence([self.seed, index], spawn_key=(STREAM,)) for index in indices]
+        streams = [np.random.default_rng(seed) for seed in seeds]
         told = [part.to(self.device) for part in self.condition.of_images(indices, self.seed)]
         untold = [part.to(self.device) for part in self.condition.none(n)]
         driving, made = guided(self.teacher, told, untold, settings.guidance), []

@@ -2,9 +2,11 @@
 
 import math
 import re
+from collections.abc import Sequence
 
 import pandas as pd
 
+from bdm_cli import methods
 from bdm_cli import recipe as recipes
 from bdm_cli.diffusion.models import build_unet
 from bdm_cli.errors import BdmError, unknown
@@ -20,6 +22,12 @@ ALL_BITS = ("32/32", "8/8", "4/32", "4/8", "4/4", "2/32", "2/8", "2/4", "1/32", 
 
 EDGES = {"8": (8,), "32": (32,), "both": (8, 32)}
 MINIATURE = "digits"
+
+BIDM = "bidm"
+"""A structure, too: as that method builds it."""
+
+FORMS = cost.STRUCTURES | {BIDM: (1, 1)}
+ALL = "all"
 
 Printed = dict[tuple[str, str], dict[str, float]]
 """(bits, structure) -> metric -> the paper's number."""
@@ -38,7 +46,8 @@ def run(
     bits: "W/A", weight and activation bits; None: all of the papers' tables that suit the structure.
     model: a recipe's unet.name; None: the networks of the paper, not the miniatures.
     edges: bits of the layers next to input and output, a key of EDGES; None: both.
-    structure: one of cost.STRUCTURES; None: plain, and beside it those that the papers print.
+    structure: one of FORMS; None: plain, and beside it those that the papers print. bidm is counted as built, where a
+        recipe of the network has that method.
     scales, attention: as cost.bill; the papers leave the attentions' products out.
     Savings are against full precision. Raises: BdmError for what does not exist.
     """
@@ -49,25 +58,114 @@ def run(
         _check_fit(structure, *chosen[0])
     rows, told = [], set()
     for name, found in _models(model).items():
+        if model is not None and structure == BIDM:
+            _bidm(found)
         network = cost.of_unet(found[0].unet, build_unet)
         printed, in_tables = _printed(found)
         choices = [(Bits(), "plain")]
         for weight, activation in chosen:
             beside = [form for text, form in printed if text == f"{weight}/{activation}"]
             for form in [structure] if structure else dict.fromkeys(["plain", *beside]):
-                if weight < FP_BITS and _fits(form, weight, activation):
+                if weight < FP_BITS and _fits(form, weight, activation) and (form != BIDM or _of_method(found, BIDM)):
                     choices += [(Bits(weight, activation, edge), form) for edge in sides]
         full = cost.total(cost.bill(network, Bits(), attention=attention))
         for choice, form in choices:
-            parts = cost.bill(network, choice, _structure(form, found), scales, attention)
+            parts = _bill(form, found, choice, scales, attention)
             counted = cost.metrics(cost.total(parts), full)
             key = (str(choice), form)
             told |= set(in_tables.get(key, ()))
-            row = _row(name, form, choice, counted, printed.get(key, {}))
+            row = {"Model": name, "Structure": form, **_row(choice, counted, printed.get(key, {}))}
             rows.append(row | {"Paper's tables": ", ".join(in_tables.get(key, ()))})
-    specs = tables.specs()
-    notes = [f"Table {id}: {note}" for id, spec in specs.items() if id in told for note in spec.accounting]
-    return pd.DataFrame(rows), notes
+    return pd.DataFrame(rows), _notes(told)
+
+
+def built(specs: Sequence[Recipe], scales: str = "paper", attention: bool = False) -> tuple[pd.DataFrame, list[str]]:
+    """One row per recipe, its network counted as its method builds it; and the notes on the papers' numbers there.
+
+    W/A: of most weights. Beyond plain: more than layers of these bits take without the method's additions, and without
+    what it leaves real. In fp32: the share of the weights that stay so.
+    """
+    _check(None, scales)
+    rows, told = [], set()
+    for spec in specs:
+        network, student = cost.of_unet(spec.unet, build_unet), _student(spec)
+        bits = cost.main_bits(student)
+        found = cost.total(cost.bill_as_built(student, scales, attention))
+        plain = cost.total(cost.bill(network, bits, scales=scales, attention=attention))
+        full = cost.total(cost.bill(network, Bits(), attention=attention))
+        paper, in_tables = _cells(spec)
+        told |= set(in_tables)
+        real = sum(layer.weights for layer in student.layers if layer.built.weight == FP_BITS)
+        rows.append(
+            {
+                "Recipe": spec.id,
+                "Method": spec.method["name"],
+                "Model": spec.unet.name,
+                **_row(bits, cost.metrics(found, full), paper),
+                "Beyond plain: Size (MiB)": round(found.size_mb - plain.size_mb, 4),
+                "Beyond plain: OPs (G)": round((found.ops - plain.ops) / GIGA, 4),
+                "Weights in fp32 (%)": round(100 * real / sum(layer.weights for layer in student.layers), 2),
+                "Paper's tables": ", ".join(in_tables),
+            }
+        )
+    return pd.DataFrame(rows), _notes(told)
+
+
+def chosen(
+    recipe: str | None,
+    overrides: Sequence[str],
+    method: str | None,
+    bits: str | None = None,
+    model: str | None = None,
+    edges: str | None = None,
+    structure: str | None = None,
+    by: str | None = None,
+) -> list[Recipe]:
+    """What `built` counts: the recipe; or those of the methods ("a,b", or "all") with these bits on this network.
+
+    Without a model, on the networks of the paper. In the order of METHODS; none if neither recipe nor method is asked
+    for. by: as in `parts_built`, which takes one recipe.
+    Raises: BdmError for what does not exist, does not go together, or leaves nothing.
+    """
+    if overrides and recipe is None:
+        raise BdmError("--set changes one recipe.\n  name it: --recipe NAME")
+    if recipe is None and method is None:
+        return []
+    if edges is not None or structure is not None:
+        raise BdmError(
+            "--edges and --structure are for bits at choice; a recipe says how its network is built.\n"
+            "  leave them out, or change the recipe: --recipe NAME --set method.edge_bits=32"
+        )
+    if recipe is not None:
+        if method is not None or bits is not None or model is not None:
+            raise BdmError("a recipe says its method, bits and network.\n  leave out --method, --bits and --model")
+        return [recipes.load(recipe, overrides)]
+    if by is not None:
+        raise BdmError(f"--by-{by} takes one network apart.\n  name its recipe: --recipe NAME")
+    asked = list(methods.METHODS) if method == ALL else [part.strip() for part in method.split(",")]
+    for name in asked:
+        if name not in methods.METHODS:
+            raise unknown("method", name, methods.METHODS, f"or all: --method {ALL}")
+    wanted = None if bits is None else parse_bits(bits)
+    found = [spec for specs in _models(model).values() for spec in specs if spec.method["name"] in asked]
+    found = [spec for spec in found if _row_of(spec) and wanted in (None, _bits(spec))]
+    if not found:
+        where = " ".join(part for part in (f"on {model}" if model else "", f"at {bits}" if bits else "") if part)
+        raise BdmError(
+            f"no recipe has the method {' or '.join(asked)} {where}".rstrip() + ".\n"
+            "  allowed: what bdm recipes lists; a network at any bits: without --method"
+        )
+    return sorted(found, key=lambda spec: list(methods.METHODS).index(spec.method["name"]))
+
+
+def _row_of(spec: Recipe) -> bool:
+    """Whether it is a recipe by itself, and not only what those of a data set share."""
+    return re.search(r"-(fp|w\d+a\d+)", spec.name) is not None
+
+
+def _bits(spec: Recipe) -> tuple[int, int]:
+    found = cost.main_bits(_student(spec))
+    return found.weight, found.activation
 
 
 def parts(
@@ -100,8 +198,20 @@ def parts(
     choice = Bits() if weight == activation == FP_BITS else Bits(weight, activation, edge)
     (found,) = _models(model).values()
     network, kind = cost.of_unet(found[0].unet, build_unet), _structure(form, found)
-    rows = cost.bill(network, choice, kind, scales, attention)
-    table = _by_layer(network, rows, kind.scope) if by == "layer" else _by_block(network, rows, kind.scope)
+    return _taken_apart(by, network, _bill(form, found, choice, scales, attention), kind.scope)
+
+
+def parts_built(by: str, spec: Recipe, scales: str = "paper", attention: bool = False) -> pd.DataFrame:
+    """As `parts`, of a recipe's network as its method builds it."""
+    _check(None, scales)
+    student = _student(spec)
+    return _taken_apart(
+        by, student, cost.bill_as_built(student, scales, attention), spec.method.get("ebb_scope", cost.PLAIN.scope)
+    )
+
+
+def _taken_apart(by: str, network: NetworkCost, rows: list[Part], scope: int) -> pd.DataFrame:
+    table = _by_layer(network, rows, scope) if by == "layer" else _by_block(network, rows, scope)
     for what in ("Size (MiB)", "OPs (G)"):
         table.insert(len(table.columns), f"{what.split()[0]} share (%)", 100 * table[what] / table[what].sum())
     whole = {"Block": "", **{name: table[name].sum() for name in table.select_dtypes("number").columns}}
@@ -110,29 +220,25 @@ def parts(
 
 
 def sheets(table: pd.DataFrame, form: Format) -> list[tuple[str, pd.DataFrame]]:
-    """What `run` gave, as (title, table) to print: every column for programs, the main ones for people.
+    """What `run` or `built` gave, as (title, table) to print: every column for programs, the main ones for people.
 
-    For people, "%" is the difference from the paper's number beside it and "x" the saving against full precision,
-    with the paper's in brackets where it prints one. On a terminal there is one table per network.
+    For people, "%" is the difference from the paper's number beside it, "+" what a recipe has beyond plain, and "x" the
+    saving against full precision, with the paper's in brackets. On a terminal there is one table per network.
     """
     if form in (Format.json, Format.csv):
         return [("", table)]
-    plain = table["Structure"] == "plain"
-    short = pd.DataFrame(
-        {
-            "Model": table["Model"],
-            "W/A": table["W/A"].where(plain, table["W/A"] + " " + table["Structure"]),
-            "Edges": table["Edges"],
-            "Size MiB": table["Size (MiB)"],
-            "Paper MB": table["Paper: Size (MB)"],
-            "Size %": table["Size difference (%)"].map(_signed),
-            "OPs G": table["OPs (G)"],
-            "Paper G": table["Paper: OPs (G)"],
-            "OPs %": table["OPs difference (%)"].map(_signed),
-            "Size x": _with_paper(table, "Size saving"),
-            "OPs x": _with_paper(table, "OPs saving"),
-        }
-    )
+    names = {"Size (MiB)": "Size MiB", "Paper: Size (MB)": "Paper MB", "OPs (G)": "OPs G", "Paper: OPs (G)": "Paper G"}
+    short = table[["Model", "W/A", "Edges", *names]].rename(columns=names)
+    if "Recipe" in table:
+        short.insert(1, "Recipe", table["Recipe"])
+        for after, name, what in ((5, "+ MiB", "Size (MiB)"), (8, "+ G", "OPs (G)")):
+            short.insert(after, name, table[f"Beyond plain: {what}"].round(3))
+        short["Size x"], short["OPs x"] = table["Size saving"], table["OPs saving"]
+    else:
+        short["W/A"] = short["W/A"].where(table["Structure"] == "plain", table["W/A"] + " " + table["Structure"])
+        short.insert(5, "Size %", table["Size difference (%)"].map(_signed))
+        short["OPs %"] = table["OPs difference (%)"].map(_signed)
+        short["Size x"], short["OPs x"] = _with_paper(table, "Size saving"), _with_paper(table, "OPs saving")
     if form != Format.table:
         return [("", short.map(lambda value: "" if pd.isna(value) else str(value)))]
     return [
@@ -210,28 +316,56 @@ def _edges(text: str) -> tuple[int, ...]:
 
 
 def _check(structure: str | None, scales: str) -> None:
-    if structure is not None and structure not in cost.STRUCTURES:
-        raise unknown("--structure", structure, cost.STRUCTURES)
+    if structure is not None and structure not in FORMS:
+        raise unknown("--structure", structure, FORMS)
     if scales not in cost.SCALES:
         raise unknown("--scales", scales, cost.SCALES)
 
 
 def _fits(structure: str, weight: int, activation: int) -> bool:
     """Whether a structure is for these bits."""
-    needed = cost.STRUCTURES[structure] or (None, None)
+    needed = FORMS[structure] or (None, None)
     return all(n in (None, b) for n, b in zip(needed, (weight, activation), strict=True))
 
 
 def _check_fit(structure: str, weight: int, activation: int) -> None:
     if not _fits(structure, weight, activation):
-        needed = "/".join("any" if n is None else str(n) for n in cost.STRUCTURES[structure])
+        needed = "/".join("any" if n is None else str(n) for n in FORMS[structure])
         raise BdmError(f"--structure {structure} is not for --bits {weight}/{activation}.\n  its bits: {needed}")
 
 
+def _bill(form: str, found: list[Recipe], bits: Bits, scales: str, attention: bool) -> list[Part]:
+    """A network in one of FORMS."""
+    if form == BIDM:
+        spec = recipes.load(_bidm(found), [f"method.edge_bits={bits.edge}"])
+        return cost.bill_as_built(_student(spec), scales, attention)
+    return cost.bill(cost.of_unet(found[0].unet, build_unet), bits, _structure(form, found), scales, attention)
+
+
+def _student(spec: Recipe) -> NetworkCost:
+    return cost.of_student(spec, build_unet, methods.outline)
+
+
+def _of_method(found: list[Recipe], method: str) -> list[str]:
+    return [spec.name for spec in found if spec.method["name"] == method]
+
+
+def _bidm(found: list[Recipe]) -> str:
+    """The network's recipe of that method. Raises: BdmError if it has none."""
+    names = _of_method(found, BIDM)
+    if not names:
+        known = [name for name, specs in models().items() if _of_method(specs, BIDM)]
+        raise BdmError(
+            f"--structure bidm is counted as a recipe builds it; none of '{found[0].unet.name}' has that method.\n"
+            f"  networks that have one: {', '.join(known) or '(none)'}"
+        )
+    return names[0]
+
+
 def _structure(name: str, found: list[Recipe]) -> Structure:
-    """With the network's own scope of two bases; BiDM connects the last 8 blocks of latent models, 2 of others."""
+    """With the network's own scope of two bases."""
     scopes = [recipe.method["ebb_scope"] for recipe in found if "ebb_scope" in recipe.method]
-    return Structure(name, scope=max(scopes, default=6), connections=8 if found[0].first_stage else 2)
+    return Structure(cost.PLAIN.name if name == BIDM else name, max(scopes, default=cost.PLAIN.scope))
 
 
 def _printed(found: list[Recipe]) -> tuple[Printed, dict[tuple[str, str], dict[str, None]]]:
@@ -240,22 +374,35 @@ def _printed(found: list[Recipe]) -> tuple[Printed, dict[tuple[str, str], dict[s
     printed, in_tables = {}, {}
     for cell in tables.cells().itertuples():
         if cell.metric in tables.COUNTED and cell.recipe:
-            dataset, (weight, activation), structure = cost.parse_recipe(cell.recipe)
-            if dataset in datasets and structure:
-                for form in (structure, "bidm-paper") if structure == "bidm" else (structure,):
+            dataset, (weight, activation), method = cost.parse_recipe(cell.recipe)
+            forms = (BIDM, "bidm-paper") if method == BIDM else (cost.OF_METHOD.get(method),)
+            if dataset in datasets:
+                for form in filter(None, forms):
                     key = (f"{weight}/{activation}", form)
                     printed.setdefault(key, {}).setdefault(cell.metric, float(cell.value))
                     in_tables.setdefault(key, {})[cell.table] = None
     return printed, in_tables
 
 
-def _row(name: str, form: str, bits: Bits, counted: dict[str, float], paper: dict[str, float]) -> dict[str, object]:
+def _cells(spec: Recipe) -> tuple[dict[str, float], list[str]]:
+    """What the papers print of a recipe's size and operations, and in which tables."""
+    cells = tables.cells()
+    cells = cells[(cells["recipe"] == spec.id) & cells["metric"].isin(tables.COUNTED)]
+    found: dict[str, float] = {}
+    for cell in cells.itertuples():
+        found.setdefault(cell.metric, float(cell.value))
+    return found, list(dict.fromkeys(cells["table"]))
+
+
+def _notes(told: set[str]) -> list[str]:
+    return [f"Table {id}: {note}" for id, spec in tables.specs().items() if id in told for note in spec.accounting]
+
+
+def _row(bits: Bits, counted: dict[str, float], paper: dict[str, float]) -> dict[str, object]:
     def difference(metric: str) -> float | None:
         return round(100 * (counted[metric] / paper[metric] - 1), 2) if metric in paper else None
 
     return {
-        "Model": name,
-        "Structure": form,
         "W/A": str(bits),
         "Edges": bits.edge,
         "Size (MiB)": round(counted["size_mb"], 2),

@@ -26,6 +26,7 @@ from PIL import Image
 from bdm_cli import output, recipe, records, runs
 from bdm_cli.diffusion.models import build_unet
 from bdm_cli.errors import unknown
+from bdm_cli.methods import outline
 from bdm_cli.metrics import cost
 from bdm_cli.paper import tables
 from bdm_cli.records import Record
@@ -80,7 +81,11 @@ def counts() -> dict[tuple[str, str], float]:
     """Sizes and operations of the recipes that the tables name: (recipe, metric) -> value, for tables.long."""
     cells = tables.cells()
     asked = set(cells[cells["metric"].isin(tables.COUNTED)]["recipe"]) - {""}
-    return {(name, metric): value for name in asked for metric, value in cost.of_recipe(name, build_unet).items()}
+    return {
+        (name, metric): value
+        for name in sorted(asked)
+        for metric, value in cost.of_recipe(name, build_unet, outline).items()
+    }
 
 
 def _write(id: str, markdown: str, lines: pd.DataFrame) -> None:

@@ -7,51 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bdm_cli.diffusion.losses import FeatureTaps, LowRankMimicking, mimicking_mse
-from bdm_cli.errors import BdmError
+from bdm_cli.diffusion.losses import LowRankMimicking, mimicking_mse
 from bdm_cli.methods.base import Forward, Keeper, Layer, Method, closed
-from bdm_cli.quant.quantizers import Quantizer, SignWeight, Term, per_channel
-from bdm_cli.quant.ste import sign_ste
+from bdm_cli.quant.quantizers import EbbWeight, Quantizer
 from bdm_cli.quant.swap import Block, Site, quantized_layers, timestep_blocks
-
-
-class EbbWeight(Quantizer):
-    """Stage 1 of the Evolvable-Basis Binarizer: two binary bases with learned scales (Sec. 3.2, Eq. 5).
-
-    q(w) = sI * sgn(w) + sII * sgn(r),  r = w - sI * sgn(w).
-    Gradients are autograd's through the clipped STE, which is not Eq. 7 (that misprints the second case, Sec. 2.6 of
-    our fidelity notes), with 1w = 1[|w| <= 1], 1r = 1[|r| <= 1]:
-        dq/dsI = sgn(w) (1 - sII 1r);  dq/dsII = sgn(r);  dq/dw = sI 1w + sII 1r (1 - sI 1w).
-    sI starts at mean|w|, sII at mean|r|, per output channel (l1, as in SignWeight).
-    Stage 2 (Eq. 10) is a SignWeight with this sigma: see `evolved`.
-
-    Shapes: w [C_out, ...]; sigma, sigma_2 [C_out, 1, ...].
-    State: sigma, sigma_2 (parameters).
-    """
-
-    bits = 2
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        weight = weight.detach()
-        self.sigma = nn.Parameter(per_channel(weight.abs()))
-        residual = weight - self.sigma.detach() * torch.where(weight >= 0, 1.0, -1.0)
-        self.sigma_2 = nn.Parameter(per_channel(residual.abs()))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        first = self.sigma * sign_ste(weight)
-        return first + self.sigma_2 * sign_ste(weight - first)
-
-    def terms(self, weight: Tensor) -> list[Term]:
-        b_1 = sign_ste(weight)
-        b_2 = sign_ste(weight - self.sigma * b_1)
-        return [Term(1, -1, b_1, self.sigma.flatten()), Term(1, -1, b_2, self.sigma_2.flatten())]
-
-    def evolved(self) -> SignWeight:
-        """Stage 2: the same sigma (the same parameter, so its optimizer state goes on) without the second basis."""
-        single = SignWeight(self.sigma)
-        single.sigma = self.sigma
-        return single
 
 
 @closed
@@ -137,13 +96,7 @@ class BinaryDM(Ebb):
         batch = next(iter(batches))
         super().calibrate_(student, teacher, [batch])
         if self.distillation == "lrm":
-            features = features_of(teacher, self.taps(teacher), batch)
-            try:
-                self.state.projection = LowRankMimicking([f.shape[1] for f in features], self.lrm_k)
-            except ValueError as error:
-                most = 2 * min(f.shape[1] for f in features)
-                raise BdmError(f"method.lrm_k: {error}.\n  at most {most} here, twice the narrowest block") from None
-            self.state.projection.to(features[0].device).fit_(features)
+            self.state.projection = LowRankMimicking.of(teacher, self.taps(teacher), batch, self.lrm_k)
 
     def losses(self, forward: Forward) -> dict[str, Tensor]:
         if self.distillation == "mse":
@@ -153,13 +106,3 @@ class BinaryDM(Ebb):
                 self.state.projection.fit_(forward.features_fp)
             mimicking = self.state.projection(forward.features_fp, forward.features_bi)
         return {**super().losses(forward), self.distillation: self.lrm_lambda * mimicking}
-
-
-def features_of(unet: nn.Module, blocks: list[Block], batch: tuple) -> list[Tensor]:
-    """The outputs of these blocks in one forward."""
-    taps = FeatureTaps(unet, blocks)
-    try:
-        unet(*batch)
-        return taps.take()
-    finally:
-        taps.remove()

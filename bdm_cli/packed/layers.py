@@ -17,39 +17,49 @@ from bdm_cli.quant.swap import replace_
 
 
 class LevelsWeight(Quantizer):
-    """A weight that is kept as its levels: q(w) = sigma_c * w.
+    """A weight that is kept as its levels, less their zero points: q(w) = sigma_c * w.
 
-    State: sigma (buffer) [C_out, 1, ...].
+    State: sigma (buffer) [C_out, 1, ...]; zero (buffer) [C_out], if it has zero points.
     """
 
-    def __init__(self, layer: Layer, sigma: Tensor) -> None:
+    def __init__(self, layer: Layer, sigma: Tensor, zero: Tensor | None = None) -> None:
         super().__init__()
         self.bits, self.low = layer.bits, layer.low
         self.register_buffer("sigma", sigma.view(-1, *[1] * (len(layer.shape) - 1)), persistent=False)
+        self.register_buffer("zero", zero, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.sigma * weight
 
     def terms(self, weight: Tensor) -> list[Term]:
-        return [Term(self.bits, self.low, weight, self.sigma.flatten())]
+        return [Term(self.bits, self.low, weight, self.sigma.flatten(), self.zero)]
 
 
 class _Stepped(nn.Module):
     """What quantizes activations to a Grid with one step, or with one per sampling time (then NaN until `select`).
 
-    levels: None = they stay real.
+    levels: None = they stay real. offsets: one per step, in place of the levels' zero point; of 1 bit, thresholds.
     """
 
-    def __init__(self, levels: Levels | None, steps: Tensor | None) -> None:
+    def __init__(self, levels: Levels | None, steps: Tensor | None, offsets: Tensor | None = None) -> None:
         super().__init__()
         self.bits, self.low, self.zero = (ops.REAL, 0, 0) if levels is None else levels
         self.steps = (1.0,) if steps is None else tuple(steps.tolist())
-        self.step = self.steps[0] if len(self.steps) == 1 else math.nan
+        self.offsets = None if offsets is None else tuple(offsets.tolist())
+        self.step, self.offset = math.nan, None
+        if len(self.steps) == 1:
+            self.select(0)
 
     def select(self, index: int) -> None:
-        """Take the step of the index-th sampling time."""
-        if len(self.steps) > 1:
-            self.step = self.steps[index]
+        """Take the step, and the offset, of the index-th sampling time."""
+        index = index if len(self.steps) > 1 else 0
+        self.step, self.offset = self.steps[index], None if self.offsets is None else self.offsets[index]
+
+    def threshold(self, channels: int, device: torch.device) -> Tensor | None:
+        """Of 1 bit: what each channel is compared with [channels]; None: 0."""
+        if self.bits > 1 or self.offset is None:
+            return None
+        return torch.full((channels,), self.offset, device=device)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, low={self.low}, zero={self.zero}"
@@ -59,10 +69,13 @@ class GridActivation(_Stepped, Quantizer):
     """x -> step * (clip(round(x / step + zero), low, low + 2^bits - 1) - zero), bit for bit as simulated."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.levels(x, self.bits, self.step, self.zero, self.low, None).mul_(self.step)
+        zero = self.zero if self.offset is None else self.offset
+        return ops.levels(x, self.bits, self.step, zero, self.low, self.threshold(1, x.device)).mul_(self.step)
 
     def grid(self, times: Sequence[float] | None = None) -> Grid:
-        return Grid(self.bits, self.low, self.zero, torch.tensor([self.step] if times is None else self.steps))
+        steps, offsets = ([self.step], [self.offset]) if times is None else (self.steps, self.offsets)
+        zero = self.zero if self.offsets is None else torch.tensor(offsets)
+        return Grid(self.bits, self.low, zero, torch.tensor(steps))
 
 
 class _PackedLayer(_Stepped):
@@ -75,9 +88,9 @@ class _PackedLayer(_Stepped):
 
     def __init__(
         self, bits: Tensor, sigma: Tensor, bias: Tensor | None, shape: ops.Shape, levels: Levels | None,
-        steps: Tensor | None, frame: Frame | None,
+        steps: Tensor | None, frame: Frame | None, offsets: Tensor | None,
     ) -> None:  # fmt: skip
-        super().__init__(levels, steps)
+        super().__init__(levels, steps, offsets)
         self.bases, self.outputs = sigma.shape
         self.inputs = shape.channels
         self.frame = frame
@@ -116,10 +129,10 @@ class PackedConv2d(_PackedLayer):
 
     def __init__(
         self, conv: nn.Conv2d, bits: Tensor, sigma: Tensor, bias: Tensor | None, levels: Levels | None = None,
-        steps: Tensor | None = None, frame: Frame | None = None,
+        steps: Tensor | None = None, frame: Frame | None = None, offsets: Tensor | None = None,
     ) -> None:  # fmt: skip
         shape = ops.Shape(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-        super().__init__(bits, sigma, bias, shape, levels, steps, frame)
+        super().__init__(bits, sigma, bias, shape, levels, steps, frame, offsets)
         self.place = [list(part) for part in (conv.kernel_size, conv.stride, conv.padding)]
 
     def forward(
@@ -145,8 +158,8 @@ class PackedConv2d(_PackedLayer):
         if more is not None:
             bias = F.pad(more, (0, len(self.sigma) - self.outputs)) + (0 if bias is None else bias)
         y = torch.ops.bdm.conv2d.default(
-            x, self.arranged, self.sigma, bias, *self.place, self.bits, self.step, self.zero, self.low, None, gain,
-            shift, silu, residual if self.bases == 1 else None,
+            x, self.arranged, self.sigma, bias, *self.place, self.bits, self.step, self.zero, self.low,
+            self.threshold(self.inputs, x.device), gain, shift, silu, residual if self.bases == 1 else None,
         )  # fmt: skip
         return self.summed(y, 1, residual)
 
@@ -156,9 +169,10 @@ class PackedLinear(_PackedLayer):
 
     def __init__(
         self, linear: nn.Linear, bits: Tensor, sigma: Tensor, bias: Tensor | None, levels: Levels | None = None,
-        steps: Tensor | None = None, frame: Frame | None = None,
+        steps: Tensor | None = None, frame: Frame | None = None, offsets: Tensor | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(bits, sigma, bias, ops.Shape(linear.in_features, linear.out_features), levels, steps, frame)
+        shape = ops.Shape(linear.in_features, linear.out_features)
+        super().__init__(bits, sigma, bias, shape, levels, steps, frame, offsets)
 
     def forward(self, x: Tensor, before: tuple[Tensor, Tensor] | None = None, residual: Tensor | None = None) -> Tensor:
         """Around a layer without frame: before: (gain, shift) [N, C]: x [N, L, C] is first replaced by gain x + shift.
@@ -174,8 +188,8 @@ class PackedLinear(_PackedLayer):
         """As forward, without the frame."""
         gain, shift = before or (None, None)
         y = torch.ops.bdm.linear.default(
-            x, self.arranged, self.sigma, self.bias, self.bits, self.step, self.zero, self.low, None, gain, shift,
-            residual if self.bases == 1 else None,
+            x, self.arranged, self.sigma, self.bias, self.bits, self.step, self.zero, self.low,
+            self.threshold(self.inputs, x.device), gain, shift, residual if self.bases == 1 else None,
         )  # fmt: skip
         return self.summed(y, -1, residual)
 
@@ -191,24 +205,27 @@ def unpack_(unet: nn.Module, packed: Packed) -> None:
     header, tensors = packed.header, packed.tensors
     modules, replacement, rest = dict(unet.named_modules()), {}, packed.rest()
     for name, layer in header.layers.items():
-        plain, steps = modules.get(name), tensors.get(f"{name}.step")
-        bits, sigma, bias = (tensors.get(f"{name}.{part}") for part in ("weight", "sigma", "bias"))
+        plain = modules.get(name)
+        bits, sigma, zero, bias, steps, offsets = (tensors.get(f"{name}.{part}") for part in pack.PARTS)
         _check(name, plain, layer, bias)
         frame = getattr(plain, "frame", None)
         if layer.bits == 1:
             kind = PackedConv2d if isinstance(plain, nn.Conv2d) else PackedLinear
-            replacement[plain] = kind(plain, bits, sigma, bias, layer.input, steps, frame)
+            replacement[plain] = kind(plain, bits, sigma, bias, layer.input, steps, frame, offsets)
         else:
             kind = QuantConv2d if isinstance(plain, nn.Conv2d) else QuantLinear
-            activation = layer.input and GridActivation(layer.input, steps)
-            replacement[plain] = kind(plain, Parts(LevelsWeight(layer, sigma.float()), activation, frame))
-            rest |= {f"{name}.weight": pack.levels(bits[0], layer)} | ({} if bias is None else {f"{name}.bias": bias})
+            activation = layer.input and GridActivation(layer.input, steps, offsets)
+            replacement[plain] = kind(plain, Parts(LevelsWeight(layer, sigma.float(), zero), activation, frame))
+            rest[f"{name}.weight"] = pack.levels(bits[0], layer, zero)
+            rest |= {} if bias is None else {f"{name}.bias": bias}
     replace_(unet, replacement)
     for name, operands in header.attentions.items():
-        steps = [tensors[pack.step_name(name, part)] for part in OPERANDS]
+        steps = [pack.step_name(name, part) for part in OPERANDS]
         if not hasattr(modules.get(name), "set_processor"):
             raise ValueError(f"the network has no attention {name}")
-        modules[name].set_processor(QuantAttnProcessor(*map(GridActivation, operands, steps)))
+        found = [(tensors[step], tensors.get(pack.offset_name(step))) for step in steps]
+        quantizers = [GridActivation(levels, *own) for levels, own in zip(operands, found, strict=True)]
+        modules[name].set_processor(QuantAttnProcessor(*quantizers))
     try:
         unet.load_state_dict({name: tensor.float() for name, tensor in rest.items()}, strict=True, assign=True)
     except RuntimeError as error:
@@ -220,7 +237,9 @@ def unpack_(unet: nn.Module, packed: Packed) -> None:
 
 def _check(name: str, plain: nn.Module | None, layer: Layer, bias: Tensor | None) -> None:
     if not isinstance(plain, nn.Conv2d | nn.Linear) or tuple(plain.weight.shape) != layer.shape:
-        told = "no such layer" if plain is None else repr(plain)
+        told = "no such layer" if plain is None else type(plain).__name__
+        if isinstance(plain, nn.Conv2d | nn.Linear):
+            told += f" {tuple(plain.weight.shape)}"
         raise ValueError(f"{name} has weights {layer.shape} in the file; the network has {told}")
     if (plain.bias is None) != (bias is None):
         raise ValueError(f"{name} has {'a' if bias is not None else 'no'} bias in the file, not so in the network")

@@ -5,12 +5,14 @@ Safetensors. Of each quantized layer with K output channels of n weights:
     <name>.weight  uint8 [bases, K, ceil(n bits / 8)], least significant bit first, without gaps; 1 bit: 1 where the
                    sign is +1 (ops.pack_signs); b bits: level - low
     <name>.sigma   [bases, K]; w = sum over the bases of sigma * level (two: arXiv:2404.05662, Eqs. 5 and 18)
+    <name>.zero    int32 [K], if it has zero points (more than 1 bit): w = sigma * (level - zero)
     <name>.bias    [K], if it has one
     <name>.step    fp32, of its input: [1], or [S] with one per sampling time
+    <name>.offset  fp32, one per step, if the zero points of its input (1 bit: thresholds) depend on the sampling time
 
-`<attention>.processor.<operand>_quantizer.step`: of quantized operands. `times` fp32 [S]: the sampling times, if any
-step depends on them. All else, a layer's frame included, has the student's own names. sigma, biases and what is not
-quantized: fp32 or fp16.
+`<attention>.processor.<operand>_quantizer.step` and `.offset`: of quantized operands. `times` fp32 [S]: the sampling
+times, if anything depends on them. All else, a layer's frame included, has the student's own names. sigma, biases and
+what is not quantized: fp32 or fp16.
 The metadata holds `format`, `version`, `header` (a Header as JSON), and `sha256` of header and tensors together.
 """
 
@@ -29,13 +31,13 @@ from bdm_cli import records, tensorfile
 from bdm_cli.errors import BdmError
 from bdm_cli.packed import ops
 from bdm_cli.quant.layers import QuantAttnProcessor, QuantConv2d, QuantLinear
-from bdm_cli.quant.quantizers import Grid, Quantizer, Term
+from bdm_cli.quant.quantizers import Quantizer, Term
 from bdm_cli.quant.swap import quantized_layers
 from bdm_cli.recipe import Recipe
 
 FORMAT, VERSION = "bdm-packed", 1
 TIMES = "times"
-PARTS = ("weight", "sigma", "bias", "step")
+PARTS = ("weight", "sigma", "zero", "bias", "step", "offset")
 """Tensors of a quantized layer."""
 
 OPERANDS = ("q", "k", "probability", "v")
@@ -45,7 +47,7 @@ AGAIN = "copy it again, or make it again with bdm export; nothing was loaded"
 
 
 class Levels(NamedTuple):
-    """What a Grid says beside its steps."""
+    """What a Grid says beside its steps. zero: 0 where there are offsets."""
 
     bits: Annotated[int, Field(ge=1, le=8)]
     low: int
@@ -111,7 +113,8 @@ class Packed(NamedTuple):
 
     def rest(self) -> dict[str, Tensor]:
         """What belongs to no quantized layer, under the student's own names."""
-        known = {name for name, _ in self.header.steps()} | {TIMES}
+        steps = {name for name, _ in self.header.steps()}
+        known = steps | {offset_name(name) for name in steps} | {TIMES}
         known |= {f"{name}.{part}" for name in self.header.layers for part in PARTS}
         return {name: tensor for name, tensor in self.tensors.items() if name not in known}
 
@@ -125,6 +128,11 @@ class Packed(NamedTuple):
 
 def step_name(attention: str, operand: str) -> str:
     return f"{attention}.processor.{operand}_quantizer.step"
+
+
+def offset_name(step: str) -> str:
+    """The name of the offsets that belong to these steps."""
+    return f"{step.removesuffix('step')}offset"
 
 
 # ---- packing -------------------------------------------------------------------------------------------------------
@@ -148,9 +156,10 @@ def pack(
     for name, processor in student.named_modules():
         if isinstance(processor, QuantAttnProcessor):
             attention = name.removesuffix(".processor")
-            grids = [_grid(name, getattr(processor, f"{part}_quantizer"), times) for part in OPERANDS]
-            attentions[attention] = tuple(Levels(*grid[:3]) for grid in grids)
-            tensors |= {step_name(attention, part): g.step for part, g in zip(OPERANDS, grids, strict=True)}
+            found = [_grid(name, getattr(processor, f"{part}_quantizer"), times) for part in OPERANDS]
+            attentions[attention] = tuple(levels for levels, _ in found)
+            for part, (_, own) in zip(OPERANDS, found, strict=True):
+                tensors |= {f"{attention}.processor.{part}_quantizer.{name}": tensor for name, tensor in own.items()}
     if not layers:
         raise BdmError(
             f"method '{spec.method['name']}' quantizes no layer; there is nothing to pack.\n"
@@ -175,14 +184,18 @@ def pack(
 def _of_layer(name: str, layer: QuantConv2d | QuantLinear, times: Sequence[float]) -> tuple[Layer, dict[str, Tensor]]:
     """A layer's row of the header and its tensors."""
     terms, levels, found = _terms(name, layer), None, {}
+    bits, low = terms[0][:2]
     found["weight"] = torch.stack([_bits(term) for term in terms])
     found["sigma"] = torch.stack([term.sigma.expand(len(layer.weight)) for term in terms])
+    if terms[0].zero is not None:
+        found["zero"] = terms[0].zero.to(torch.int32)
     if layer.bias is not None:
         found["bias"] = layer.bias
     if layer.activation_quantizer is not None:
-        grid = _grid(name, layer.activation_quantizer, times)
-        levels, found["step"] = Levels(*grid[:3]), grid.step
-    bits, low = terms[0][:2]
+        levels, own = _grid(name, layer.activation_quantizer, times)
+        if "offset" in own and bits == 1 and levels.bits > 1:
+            raise _refused(name, "its input has zero points by sampling time, and its weights are of 1 bit")
+        found |= own
     return Layer(shape=tuple(layer.weight.shape), bits=bits, low=low, bases=len(terms), input=levels), found
 
 
@@ -195,6 +208,8 @@ def _terms(name: str, layer: QuantConv2d | QuantLinear) -> list[Term]:
         raise _refused(name, str(error)) from None
     if len(terms) > 1 and any(term.bits > 1 for term in terms):
         raise _refused(name, "it is a sum of several terms of more than 1 bit")
+    if terms[0].bits == 1 and any(term.zero is not None for term in terms):
+        raise _refused(name, "its weights are of 1 bit and have zero points")
     if terms[0].bits == 1 and isinstance(layer, nn.Conv2d):
         given = (layer.groups, layer.dilation, layer.padding_mode, isinstance(layer.padding, str))
         if given != (1, (1, 1), "zeros", False):
@@ -206,7 +221,8 @@ def _terms(name: str, layer: QuantConv2d | QuantLinear) -> list[Term]:
     return terms
 
 
-def _grid(name: str, quantizer: Quantizer, times: Sequence[float]) -> Grid:
+def _grid(name: str, quantizer: Quantizer, times: Sequence[float]) -> tuple[Levels, dict[str, Tensor]]:
+    """Of quantized activations: what the header says, and the tensors step and, if it has any, offset."""
     try:
         grid = quantizer.grid(times)
     except NotImplementedError as error:
@@ -215,7 +231,11 @@ def _grid(name: str, quantizer: Quantizer, times: Sequence[float]) -> Grid:
         raise _refused(name, f"the step size of its input is {grid.step.tolist()}; was it calibrated?")
     if len(grid.step) not in (1, len(times)):
         raise ValueError(f"{name}: {len(grid.step)} steps for {len(times)} times")
-    return grid
+    if isinstance(grid.zero, Tensor):
+        if grid.zero.shape != grid.step.shape:
+            raise ValueError(f"{name}: {len(grid.zero)} zero points for {len(grid.step)} steps")
+        return Levels(grid.bits, grid.low, 0), {"step": grid.step, "offset": grid.zero}
+    return Levels(grid.bits, grid.low, grid.zero), {"step": grid.step}
 
 
 def _refused(name: str, reason: str) -> BdmError:
@@ -226,7 +246,8 @@ def _refused(name: str, reason: str) -> BdmError:
 
 
 def _halved(tensors: dict[str, Tensor], header: Header) -> dict[str, Tensor]:
-    exact = {name for name, _ in header.steps()} | {TIMES}
+    steps = {name for name, _ in header.steps()}
+    exact = steps | {offset_name(name) for name in steps} | {TIMES}
     halved = {
         name: tensor if name in exact or not tensor.is_floating_point() else tensor.half()
         for name, tensor in tensors.items()
@@ -241,16 +262,19 @@ def _bits(term: Term) -> Tensor:
     """uint8 [K, row_bytes] of levels [K, ...]."""
     if term.bits == 1:
         return ops.pack_signs(term.levels)
-    above = (term.levels.flatten(1) - term.low).to(torch.uint8)
+    levels = term.levels.flatten(1)
+    above = (levels if term.zero is None else levels + term.zero[:, None]).sub(term.low).to(torch.uint8)
     bits = above[:, :, None] >> torch.arange(term.bits, dtype=torch.uint8) & 1
     return ops.pack_signs(bits.char() * 2 - 1)
 
 
-def levels(weight: Tensor, layer: Layer) -> Tensor:
-    """uint8 [K, row_bytes] of more than 1 bit -> the levels as fp32, shaped as the layer's weight."""
+def levels(weight: Tensor, layer: Layer, zero: Tensor | None = None) -> Tensor:
+    """uint8 [K, row_bytes] of more than 1 bit -> the levels, less zero [K] if given, as fp32, shaped as the layer's
+    weight."""
     bits = (weight[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)[:, : layer.row * layer.bits]
     above = bits.unflatten(1, (-1, layer.bits)) << torch.arange(layer.bits, dtype=torch.uint8)
-    return above.sum(-1, dtype=torch.uint8).float().add_(layer.low).view(layer.shape)
+    found = above.sum(-1, dtype=torch.uint8).float().add_(layer.low)
+    return (found if zero is None else found.sub_(zero[:, None])).view(layer.shape)
 
 
 # ---- on disk -------------------------------------------------------------------------------------------------------
@@ -325,7 +349,11 @@ def _faults(packed: Packed) -> Iterator[str]:
         outputs = layer.shape[0]
         yield from fault(f"{name}.weight", torch.uint8, (layer.bases, outputs, layer.row_bytes))
         yield from fault(f"{name}.sigma", real, (layer.bases, outputs))
+        if f"{name}.zero" in tensors:
+            yield from fault(f"{name}.zero", torch.int32, (outputs,))
         if f"{name}.bias" in tensors:
             yield from fault(f"{name}.bias", real, (outputs,))
     for name, _ in header.steps():
         yield from fault(name, torch.float32, (1,), *([(times,)] if times > 1 else []))
+        if offset_name(name) in tensors and name in tensors:
+            yield from fault(offset_name(name), torch.float32, tuple(tensors[name].shape))

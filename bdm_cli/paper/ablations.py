@@ -67,9 +67,27 @@ def _component(value: str) -> Variant:
     return Variant(labels.get(value, value), method=value)
 
 
+def _method(value: str) -> Variant:
+    return Variant(value, method=value)
+
+
 ABLATIONS = {
     "components": Ablation(
         "components", ("7", "4"), ("fp", "baseline", "ebb", "binarydm"), _component, "methods: fp,baseline,ebb,binarydm"
+    ),
+    "methods-w1a1": Ablation(
+        "methods at W1A1",
+        ("P1",),
+        ("fp", "xnorpp", "dorefa", "reactnet", "reste", "xnor", "bidm"),
+        _method,
+        "methods, on --recipe digits-w1a1-bidm",
+    ),
+    "methods-w1a4": Ablation(
+        "methods at W1A4",
+        ("2",),
+        ("fp", "baseline", "tdq", "reactnet", "qdm", "instabnn", "bidiffsr", "binarydm"),
+        _method,
+        "methods, on --recipe digits-ldm-w1a4",
     ),
     "tau": Ablation(
         "weight of L_EBB", ("11",), ("0", "9e-2", "9e-3", "9e-4"), _key("method.tau", "tau"), "tau of Eq. 9"

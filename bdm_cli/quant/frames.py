@@ -43,6 +43,24 @@ def channels_shape(layer: nn.Module, channels: int) -> tuple[int, ...]:
     return (channels, 1, 1) if isinstance(layer, nn.Conv2d) else (channels,)
 
 
+class Threshold(Frame):
+    """A learned threshold per input channel (ReActNet's RSign, arXiv:2003.03488): what is quantized is x + b.
+
+    The paper subtracts its threshold, the released code adds b; b starts at 0. The quantizer's estimator sees x + b.
+    State: threshold (parameter) of channels_shape.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.threshold = nn.Parameter(torch.zeros(channels_shape(layer, layer.weight.shape[1])))
+
+    def before(self, x: Tensor) -> Tensor:
+        return x + self.threshold
+
+    def operations(self, read: torch.Size, written: torch.Size) -> int:
+        return read.numel()
+
+
 class RPReLU(nn.Module):
     """ReActNet's activation (arXiv:2003.03488, Eq. 5): f(y) = PReLU(y + move_1) + move_2, slope below 0, per channel.
 
@@ -60,9 +78,42 @@ class RPReLU(nn.Module):
         y = y + self.move_1
         return torch.where(y >= 0, y, self.slope * y) + self.move_2
 
+    def operations(self, written: torch.Size) -> int:
+        """Of one forward: two additions and one multiplication per number."""
+        return 3 * written.numel()
+
+
+def shortcut(x: Tensor, like: Tensor) -> Tensor:
+    """A convolution's input in the shape of its output, to be added to it.
+
+    Sides as in `resized`. More channels are x's own, repeated: channel c is x's channel c mod C. Fewer are means:
+    channel c is the mean of x's channels c, c + K, c + 2K, ...
+    Shapes: x [N, C, H, W] -> [N, K, H', W'], the shape of `like`.
+    """
+    x, given, wanted = resized(x, like), x.shape[1], like.shape[1]
+    if given <= wanted:
+        return x if given == wanted else x.repeat(1, -(-wanted // given), 1, 1)[:, :wanted]
+    times, rest = divmod(given, wanted)
+    sums = x[:, : times * wanted].unflatten(1, (times, wanted)).sum(1)
+    longer = (sums[:, :rest] + x[:, times * wanted :]) / (times + 1)
+    return torch.cat([longer, sums[:, rest:] / times], 1)
+
+
+def shortcut_operations(read: torch.Size, written: torch.Size) -> int:
+    """Of forming a `shortcut` and adding it. A mean of n numbers takes n operations."""
+    found = written.numel()
+    if read[2:].numel() > written[2:].numel():
+        found += read.numel()
+    if read[1] > written[1]:
+        found += read[:2].numel() * written[2:].numel()
+    return found
+
 
 def resized(x: Tensor, like: Tensor) -> Tensor:
     """A feature map at the side lengths of another: average-pooled if it is larger, repeated if smaller.
+
+    Pooled are squares side by side, as large as the sides' ratio. What is left over at the right and below is dropped,
+    as with the zeros that diffusers appends there before a convolution of stride 2 (`downsample_padding` 0).
 
     Shapes: x [N, C, H, W] -> [N, C, H', W'] with like [N, K, H', W']; linears' [N, ..., C] as they are.
     """
@@ -70,4 +121,7 @@ def resized(x: Tensor, like: Tensor) -> Tensor:
         return x
     if x.shape[2] < like.shape[2]:
         return F.interpolate(x, like.shape[2:], mode="nearest")
+    ratio = x.shape[2] // like.shape[2]
+    if [side // ratio for side in x.shape[2:]] == list(like.shape[2:]):
+        return F.avg_pool2d(x, ratio)
     return F.adaptive_avg_pool2d(x, like.shape[2:])

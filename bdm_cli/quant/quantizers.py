@@ -18,38 +18,46 @@ class Term(NamedTuple):
     """sigma_c * levels: a quantized weight in whole numbers, or one of several such terms that it is the sum of.
 
     Shapes: levels [C_out, ...], low..low + 2^bits - 1, or +-1 (bits 1); sigma fp32 [C_out], or [1] for all.
+    zero: whole numbers [C_out], of more than 1 bit: the levels of channel c lie zero_c lower than said above.
     """
 
     bits: int
     low: int
     levels: Tensor
     sigma: Tensor
+    zero: Tensor | None = None
 
     @property
     def most(self) -> int:
         """Bound of |levels|."""
-        return 1 if self.bits == 1 else max(abs(self.low), abs(self.low + 2**self.bits - 1))
+        return _most(self.bits, self.low, 0 if self.zero is None else self.zero)
 
 
 class Grid(NamedTuple):
     """Quantized activations: step * (clip(round(x / step + zero), low, low + 2^bits - 1) - zero); of 1 bit,
-    step * sgn(x) (low -1, zero 0).
+    step * sgn(x - zero) (low -1).
 
     step: fp32 [1], or [S] with one per time at which the sampler calls the network.
+    zero: an integer (of 1 bit: 0); or fp32 [S], one per time, [1] at one call: whole numbers (of 1 bit: any).
     """
 
     bits: int
     low: int
-    zero: int
+    zero: int | Tensor
     step: Tensor
 
     @property
     def most(self) -> int:
         """Bound of |activations| / step."""
-        if self.bits == 1:
-            return 1
-        low = self.low - self.zero
-        return max(abs(low), abs(low + 2**self.bits - 1))
+        return _most(self.bits, self.low, self.zero)
+
+
+def _most(bits: int, low: int, zero: int | Tensor) -> int:
+    """Bound of |level - zero|, of all the zeros given; 1 of 1 bit."""
+    if bits == 1:
+        return 1
+    zeros = torch.stack(zero.aminmax()).tolist() if isinstance(zero, Tensor) else [zero]
+    return int(max(abs(end - one) for end in (low, low + 2**bits - 1) for one in zeros))
 
 
 class Quantizer(nn.Module):
@@ -218,3 +226,43 @@ def lsq_weight(bits: int, weight: Tensor) -> Lsq:
     quantizer = Lsq(bits, scale_shape=(weight.shape[0], *[1] * (weight.dim() - 1)))
     quantizer.calibrate_(weight.detach())
     return quantizer
+
+
+class EbbWeight(Quantizer):
+    """Two binary bases with learned scales: stage 1 of the Evolvable-Basis Binarizer (arXiv:2404.05662, Eq. 5).
+
+    q(w) = sI * sgn(w) + sII * sgn(r),  r = w - sI * sgn(w).
+    Gradients are autograd's through the clipped STE, which is not Eq. 7 (that misprints the second case, Sec. 2.6 of
+    our fidelity notes), with 1w = 1[|w| <= 1], 1r = 1[|r| <= 1]:
+        dq/dsI = sgn(w) (1 - sII 1r);  dq/dsII = sgn(r);  dq/dw = sI 1w + sII 1r (1 - sI 1w).
+    sI starts at mean|w|, sII at mean|r|, per output channel (l1, as in SignWeight).
+    Stage 2 (Eq. 10) is a SignWeight with this sigma: see `evolved`. Kept for ever, it is the Learnable Multi-basis
+    Binarizer of the paper's first version, and the high-order form of Eq. 18.
+
+    Shapes: w [C_out, ...]; sigma, sigma_2 [C_out, 1, ...].
+    State: sigma, sigma_2 (parameters).
+    """
+
+    bits = 2
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        weight = weight.detach()
+        self.sigma = nn.Parameter(per_channel(weight.abs()))
+        residual = weight - self.sigma.detach() * torch.where(weight >= 0, 1.0, -1.0)
+        self.sigma_2 = nn.Parameter(per_channel(residual.abs()))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        first = self.sigma * sign_ste(weight)
+        return first + self.sigma_2 * sign_ste(weight - first)
+
+    def terms(self, weight: Tensor) -> list[Term]:
+        b_1 = sign_ste(weight)
+        b_2 = sign_ste(weight - self.sigma * b_1)
+        return [Term(1, -1, b_1, self.sigma.flatten()), Term(1, -1, b_2, self.sigma_2.flatten())]
+
+    def evolved(self) -> SignWeight:
+        """Stage 2: the same sigma (the same parameter, so its optimizer state goes on) without the second basis."""
+        single = SignWeight(self.sigma)
+        single.sigma = self.sigma
+        return single

@@ -15,14 +15,15 @@ from bdm_cli.diffusion.losses import (
     FeatureTaps,
     LowRankMimicking,
     components,
+    features_of,
     mimicking_mse,
     noise_loss,
     principal_basis,
 )
 from bdm_cli.errors import BdmError
 from bdm_cli.methods.base import Forward
-from bdm_cli.methods.binarydm import BinaryDM, Ebb, EbbWeight, features_of
-from bdm_cli.quant.quantizers import Lsq, SignWeight
+from bdm_cli.methods.binarydm import BinaryDM, Ebb
+from bdm_cli.quant.quantizers import EbbWeight, Lsq, SignWeight
 from bdm_cli.quant.swap import quantized_layers, timestep_blocks
 from bdm_cli.recipe import Recipe
 from bdm_cli.student import Built

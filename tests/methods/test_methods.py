@@ -7,19 +7,21 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import students
 import torch
+from students import ONE_BIT, OWN, REFUSED
 from torch import Tensor, nn
 
 from bdm_cli import methods, student
 from bdm_cli.diffusion.losses import FeatureTaps, noise_loss
-from bdm_cli.diffusion.models import build_unet, estimate_noise
+from bdm_cli.diffusion.models import build_unet, estimate_noise, noise_scheduler
+from bdm_cli.diffusion.sampling import times
 from bdm_cli.errors import BdmError
 from bdm_cli.methods import METHODS
-from bdm_cli.methods.base import Forward
-from bdm_cli.methods.binarydm import EbbWeight
+from bdm_cli.methods.base import Batch, Forward
 from bdm_cli.quant.layers import QuantAttnProcessor
-from bdm_cli.quant.quantizers import Lsq, SignWeight
-from bdm_cli.quant.swap import quantized_layers
+from bdm_cli.quant.quantizers import EbbWeight, Lsq, SignWeight
+from bdm_cli.quant.swap import begin_trajectory_, quantized_layers
 from bdm_cli.recipe import Recipe
 from bdm_cli.student import Built
 
@@ -41,8 +43,15 @@ VARIANTS = [
     ("ebb", ("method.ebb_scope=4", "method.ebb_center=true")),
     ("binarydm", ("method.attention_matmul=true", "method.activation_bits=8")),
     ("binarydm", ("method.distillation=mse",)),
+    ("reactnet", (*ONE_BIT, "method.form=bibench")),
+    ("instabnn", ONE_BIT),
+    ("bidiffsr", ONE_BIT),
+    ("efficientdm", (*ONE_BIT, "method.weight_bits=1")),
 ]
-CASES = [(method, ("method.ebb_scope=4",) if method == "ebb" else ()) for method in METHODS] + VARIANTS
+FIRST = ("fp", "lsq", "baseline", "ebb", "binarydm")
+"""Methods whose quantizers are LSQ's and BinaryDM's, of which more can be said."""
+
+CASES = [(method, OWN.get(method, ())) for method in METHODS] + VARIANTS
 
 
 @dataclass
@@ -51,15 +60,23 @@ class Case:
 
     spec: Recipe
     built: Built
-    inputs: tuple[Tensor, Tensor]
-    noise: Tensor
+    batch: Batch
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return self.batch.inputs
 
     def calibrate_(self) -> None:
         self.built.method.calibrate_(self.built.student, self.built.teacher, (self.inputs for _ in count()))
 
     def output(self, unet: nn.Module | None = None) -> Tensor:
+        """As a sampler's first call, at one time."""
+        unet = (unet or self.built.student).eval()
+        begin_trajectory_(unet)
         with torch.no_grad():
-            return estimate_noise((unet or self.built.student).eval(), *self.inputs)
+            found = estimate_noise(unet, self.inputs[0], torch.full((4,), 500))
+        begin_trajectory_(unet)
+        return found
 
     def loss(self, step: int = 0) -> Tensor:
         """The noise loss and the method's own, as the training adds them up."""
@@ -67,12 +84,13 @@ class Case:
         blocks = method.taps(unet)
         taps_fp, taps_bi = FeatureTaps(teacher, blocks), FeatureTaps(unet, blocks)
         with torch.no_grad():
-            estimate_noise(teacher, *self.inputs)
+            estimate_fp = estimate_noise(teacher, *self.inputs)
+        method.before_step_(unet, self.batch)
         estimate = estimate_noise(unet, *self.inputs)
-        parts = method.losses(Forward(unet, step, taps_fp.take(), taps_bi.take()))
+        forward = Forward(unet, step, taps_fp.take(), taps_bi.take(), self.batch, estimate, estimate_fp)
         taps_fp.remove()
         taps_bi.remove()
-        return noise_loss(estimate, self.noise, self.spec.train.loss) + sum(parts.values())
+        return noise_loss(estimate, method.target(forward), "mse") + sum(method.losses(forward).values())
 
     def train_(self, steps: int) -> list[float]:
         """AdamW with the recipe's budget of steps on the one batch; the losses before each step and after the last."""
@@ -89,14 +107,38 @@ class Case:
         return [*losses, self.loss(steps).item()]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: "+".join((case[0], *case[1])).replace("method.", ""))
+def name_of(case: tuple[str, tuple[str, ...]]) -> str:
+    return "+".join((case[0], *(text for text in case[1] if text not in OWN.get(case[0], ())))).replace("method.", "")
+
+
+@pytest.fixture(params=CASES, ids=name_of)
 def case(request: pytest.FixtureRequest, tiny_recipe: Callable[..., Recipe], tiny_teacher: Path) -> Case:
-    method, overrides = request.param
+    return made(request.param, tiny_recipe)
+
+
+@pytest.fixture(params=[case for case in CASES if case[0] in FIRST], ids=name_of)
+def first(request: pytest.FixtureRequest, tiny_recipe: Callable[..., Recipe], tiny_teacher: Path) -> Case:
+    return made(request.param, tiny_recipe)
+
+
+@pytest.fixture(params=[case for case in CASES if case[0] != "qdiffusion"], ids=name_of)
+def trained(request: pytest.FixtureRequest, tiny_recipe: Callable[..., Recipe], tiny_teacher: Path) -> Case:
+    """Of the methods that train: all but the one that works after training alone."""
+    return made(request.param, tiny_recipe)
+
+
+def made(case: tuple[str, tuple[str, ...]], tiny_recipe: Callable[..., Recipe]) -> Case:
+    method, overrides = case
     spec = tiny_recipe("train.steps=30", *overrides, method=method)
     random = torch.Generator().manual_seed(3)
-    x = torch.randn(4, 1, 8, 8, generator=random)
-    inputs = (x, torch.tensor([5, 300, 600, 990]))
-    return Case(spec, student.build(spec, seed=0), inputs, torch.randn(x.shape, generator=random))
+    clean, noise = (torch.randn(4, 1, 8, 8, generator=random) for _ in range(2))
+    t = torch.tensor([5, 300, 600, 990])
+    built = student.build(spec, seed=0)
+    x = noise_scheduler(spec.scheduler).add_noise(clean, noise, t)
+    if built.method.data_free:
+        with torch.no_grad():
+            return Case(spec, built, Batch((x, t), estimate_noise(built.teacher, x, t)))
+    return Case(spec, built, Batch((x, t), noise, clean))
 
 
 def all_layers(spec: Recipe) -> dict[str, nn.Module]:
@@ -121,33 +163,33 @@ def weight_bits(spec: Recipe, name: str) -> int:
     return spec.method.get("weight_bits", 2) if spec.method["name"] == "lsq" else 1
 
 
-def test_intended_sites_and_only_they_are_swapped(case: Case):
-    expected = {name: kind for name in all_layers(case.spec) if (kind := intended(case.spec, name))}
-    found = dict(quantized_layers(case.built.student))
+def test_intended_sites_and_only_they_are_swapped(first: Case):
+    expected = {name: kind for name in all_layers(first.spec) if (kind := intended(first.spec, name))}
+    found = dict(quantized_layers(first.built.student))
     assert {name: type(layer.weight_quantizer) for name, layer in found.items()} == expected
-    bits = case.spec.method.get("activation_bits", 32)
+    bits = first.spec.method.get("activation_bits", 32)
     for name, layer in found.items():
         if type(layer.weight_quantizer) is Lsq:
-            assert layer.weight_quantizer.bits == weight_bits(case.spec, name)
+            assert layer.weight_quantizer.bits == weight_bits(first.spec, name)
             assert layer.weight_quantizer.scale.shape == (len(layer.weight), *[1] * (layer.weight.dim() - 1))
         if bits == 32:
             assert layer.activation_quantizer is None
         else:
-            wanted = case.spec.method["edge_bits"] if name in EDGES else bits
+            wanted = first.spec.method["edge_bits"] if name in EDGES else bits
             q = layer.activation_quantizer
             assert (type(q), q.bits, q.low, q.high) == (Lsq, wanted, -(2 ** (wanted - 1)), 2 ** (wanted - 1) - 1)
             assert q.scale.shape == ()
-    processors = [m for m in case.built.student.modules() if isinstance(m, QuantAttnProcessor)]
-    assert len(processors) == (4 if case.spec.method.get("attention_matmul") else 0)
+    processors = [m for m in first.built.student.modules() if isinstance(m, QuantAttnProcessor)]
+    assert len(processors) == (4 if first.spec.method.get("attention_matmul") else 0)
 
 
-def test_weights_have_the_promised_number_of_levels(case: Case):
-    for name, layer in quantized_layers(case.built.student):
+def test_weights_have_the_promised_number_of_levels(first: Case):
+    for name, layer in quantized_layers(first.built.student):
         weights = layer.weight_quantizer(layer.weight).detach().flatten(1)
         levels = [len(channel.unique()) for channel in weights]
-        kind = intended(case.spec, name)
+        kind = intended(first.spec, name)
         if kind is Lsq:
-            bits = weight_bits(case.spec, name)
+            bits = weight_bits(first.spec, name)
             steps = weights / layer.weight_quantizer.scale.detach().flatten(1)
             assert torch.equal(steps.round(), steps) or (steps - steps.round()).abs().max() < 1e-4
             assert steps.round().min() >= -(2 ** (bits - 1))
@@ -160,57 +202,119 @@ def test_weights_have_the_promised_number_of_levels(case: Case):
                 assert set(levels) == {promised}
 
 
-def test_after_training_binary_weights_have_two_levels(case: Case):
-    case.built.method.on_step_(case.built.student, 30, 30)
-    for name, layer in quantized_layers(case.built.student):
-        if intended(case.spec, name) is not Lsq:
+def test_the_intended_sites_and_only_they_are_swapped_with_few_values(case: Case):
+    """Every layer but edges and skip convs that are to stay real; weights and inputs take as many values as said."""
+    fields, method = case.spec.method, case.built.method
+    expected = {
+        name for name in all_layers(case.spec)
+        if not (name in EDGES and method.edge_bits == 32)
+        and not (name.endswith("conv_shortcut") and method.real_skips)
+    }  # fmt: skip
+    found = dict(quantized_layers(case.built.student))
+    assert set(found) == (set() if fields["name"] == "fp" else expected)
+    case.calibrate_()
+    method.on_step_(case.built.student, 30, 30)
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        layer.activation_quantizer.register_forward_hook(lambda module, x, y, name=name: seen.__setitem__(name, y))
+        for name, layer in found.items() if layer.activation_quantizer is not None
+    ]  # fmt: skip
+    case.output()
+    for hook in hooks:
+        hook.remove()
+    for name, layer in found.items():
+        assert not layer.weight_is_real
+        assert not layer.input_is_real
+        quantizer = layer.weight_quantizer
+        with torch.no_grad():
+            weights = quantizer(layer.weight).flatten(1)
+        levels = max(len(channel.unique()) for channel in weights)
+        assert levels <= 2**quantizer.bits
+        if name not in EDGES:
+            wanted = method.weight_bits if hasattr(method, "weight_bits") else 1
+            two = fields["name"] == "highorder" or (fields["name"] == "lmb" and name.startswith(WITHIN_SCOPE))
+            assert quantizer.bits == (2 if two else wanted)
+        if name in seen:
+            bits = layer.activation_quantizer.bits
+            assert bits == (method.edge_bits if name in EDGES else method.activation_bits)
+            assert len(seen[name].unique()) <= 2**bits
+    assert (len(seen) == len(found)) == (method.activation_bits < 32 or not found)
+
+
+def test_a_student_packs_bit_for_bit_or_says_why_not(case: Case):
+    if case.spec.method["name"] == "fp":
+        with pytest.raises(BdmError, match="quantizes no layer"):
+            students.packed(case.spec, case.built.student)
+        return
+    case.calibrate_()
+    if case.spec.train.steps:
+        case.train_(2)
+    unet = case.built.student.eval()
+    case.built.method.on_step_(unet, 30, 30)
+    refused = REFUSED.get(case.spec.method["name"])
+    if refused:
+        with pytest.raises(BdmError, match=f"has no packed form: .*{refused}"):
+            students.packed(case.spec, unet)
+        return
+    packed = student.unpacked(students.packed(case.spec, unet), Path("m"))
+    settings = case.spec.sample
+    for t in times(settings.sampler, case.spec.scheduler, settings.steps):
+        with torch.no_grad():
+            assert torch.equal(*(estimate_noise(net, case.inputs[0], torch.full((4,), t)) for net in (packed, unet)))
+
+
+def test_after_training_binary_weights_have_two_levels(first: Case):
+    first.built.method.on_step_(first.built.student, 30, 30)
+    for name, layer in quantized_layers(first.built.student):
+        if intended(first.spec, name) is not Lsq:
             assert layer.weight_quantizer.bits == 1
             weights = layer.weight_quantizer(layer.weight).detach().flatten(1)
             assert {len(channel.unique()) for channel in weights} == {2}
             assert torch.equal(weights.amax(1), -weights.amin(1))
 
 
-def test_activation_quantizers_are_loud_before_and_calibrated_after_one_batch(case: Case):
+def test_activation_quantizers_are_loud_before_and_calibrated_after_one_batch(first: Case):
     quantizers = [
-        module for name, module in case.built.student.named_modules()
+        module for name, module in first.built.student.named_modules()
         if isinstance(module, Lsq) and not name.endswith("weight_quantizer")
     ]  # fmt: skip
-    quantized = case.spec.method.get("activation_bits", 32) < 32
-    layers = len(list(quantized_layers(case.built.student)))
-    assert len(quantizers) == (quantized * (layers + 4 * 4 * case.spec.method.get("attention_matmul", False)))
-    assert case.output().isnan().any() == quantized
-    case.calibrate_()
+    quantized = first.spec.method.get("activation_bits", 32) < 32
+    layers = len(list(quantized_layers(first.built.student)))
+    assert len(quantizers) == (quantized * (layers + 4 * 4 * first.spec.method.get("attention_matmul", False)))
+    assert first.output().isnan().any() == quantized
+    first.calibrate_()
     assert all(quantizer.scale.isfinite() and quantizer.scale > 0 for quantizer in quantizers)
-    assert case.output().isfinite().all()
-    before = {name: tensor.clone() for name, tensor in case.built.student.state_dict().items()}
-    other = (3 * case.inputs[0], case.inputs[1])
-    case.built.method.calibrate_(case.built.student, case.built.teacher, iter([other]))  # what is set stays
-    assert all(torch.equal(tensor, before[name]) for name, tensor in case.built.student.state_dict().items())
-    hooks = [hook for module in case.built.student.modules() for hook in module._forward_pre_hooks.values()]
+    assert first.output().isfinite().all()
+    before = {name: tensor.clone() for name, tensor in first.built.student.state_dict().items()}
+    other = (3 * first.inputs[0], first.inputs[1])
+    first.built.method.calibrate_(first.built.student, first.built.teacher, iter([other]))  # what is set stays
+    assert all(torch.equal(tensor, before[name]) for name, tensor in first.built.student.state_dict().items())
+    hooks = [hook for module in first.built.student.modules() for hook in module._forward_pre_hooks.values()]
     assert hooks == []
 
 
-def test_each_activation_quantizer_starts_from_what_reaches_it_behind_quantized_layers(case: Case):
+def test_each_activation_quantizer_starts_from_what_reaches_it_behind_quantized_layers(first: Case):
     """A second forward, with the inputs of every quantizer recorded, gives the same starts."""
-    case.calibrate_()
+    first.calibrate_()
     seen: dict[nn.Module, Tensor] = {}
-    found = [layer.activation_quantizer for _, layer in quantized_layers(case.built.student)]
+    found = [layer.activation_quantizer for _, layer in quantized_layers(first.built.student)]
     for quantizer in filter(None, found):
         quantizer.register_forward_pre_hook(lambda module, inputs: seen.__setitem__(module, inputs[0]))
-    case.built.student.train()
+    first.built.student.train()
     with torch.no_grad():
-        case.built.student(*case.inputs)
+        first.built.student(*first.inputs)
     for quantizer, x in seen.items():
         torch.testing.assert_close(quantizer.scale.detach(), 2 * x.abs().mean() / quantizer.high**0.5)
 
 
-def test_gradients_reach_every_trainable_parameter_and_not_the_teacher(case: Case):
-    case.calibrate_()
-    teacher, unet, method = case.built
+def test_gradients_reach_every_trainable_parameter_and_not_the_teacher(trained: Case):
+    trained.calibrate_()
+    teacher, unet, method = trained.built
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     trainable = dict(method.trainable(unet))
-    assert set(trainable) == {name for name, _ in unet.named_parameters()}
-    case.loss().backward()
+    if trained.spec.method["name"] != "efficientdm":  # which trains what it adds, and no latent weight
+        assert set(trainable) == {name for name, _ in unet.named_parameters()}
+    trained.loss().backward()
     without = [name for name, p in trainable.items() if p.grad is None or not p.grad.isfinite().all()]
     assert without == []
     # softmax does not see what is added to every key; rounding may drop whole gradients only there
@@ -218,15 +322,15 @@ def test_gradients_reach_every_trainable_parameter_and_not_the_teacher(case: Cas
     assert zero == set()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    case.train_(2)
+    trained.train_(2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     own = {parameter.data_ptr() for parameter in unet.parameters()}
     assert not own & {parameter.data_ptr() for parameter in teacher.parameters()}
 
 
-def test_the_loss_falls_on_one_fixed_batch(case: Case):
-    case.calibrate_()
-    losses = case.train_(30)
+def test_the_loss_falls_on_one_fixed_batch(trained: Case):
+    trained.calibrate_()
+    losses = trained.train_(30)
     assert len(losses) == 31
     assert losses[-1] < 0.8 * losses[0]
 

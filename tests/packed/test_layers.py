@@ -9,16 +9,16 @@ import pytest
 import students
 import torch
 from torch import Tensor, nn
+from zero_points import TimedZero, ZeroWeight
 
 from bdm_cli import student
 from bdm_cli.diffusion.sampling import times
 from bdm_cli.errors import BdmError
-from bdm_cli.methods.binarydm import EbbWeight
 from bdm_cli.packed import pack
 from bdm_cli.packed.layers import GridActivation, PackedConv2d, PackedLinear, unpack_
 from bdm_cli.packed.pack import Packed
 from bdm_cli.quant.layers import Parts, QuantConv2d, QuantLinear
-from bdm_cli.quant.quantizers import Grid, Lsq, SignWeight
+from bdm_cli.quant.quantizers import EbbWeight, Grid, Lsq, SignWeight
 from bdm_cli.recipe import Recipe
 
 TinyRecipe = Callable[..., Recipe]
@@ -115,6 +115,53 @@ def test_layers_of_more_bits_are_simulated_bit_for_bit(bits: int, tiny_recipe: T
     with torch.no_grad():
         assert torch.equal(ours(x), layer(x))
         torch.testing.assert_close(ours(x), layer.requires_grad_(True)(x), rtol=1e-5, atol=1e-5)
+
+
+def timed(bits: int) -> TimedZero:
+    """For two sampling times."""
+    if bits == 1:
+        return TimedZero(1, (0.3, 0.2), (0.25, -0.1))
+    return TimedZero(bits, (4 / 2**bits, 2.5 / 2**bits), (2.0 ** (bits - 1), 3.0 - bits))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_layers_with_zero_points_are_simulated_bit_for_bit(bits: int, name: str, tiny_recipe: TinyRecipe):
+    """Of weights by channel, of inputs by sampling time."""
+    torch.manual_seed(0)
+    plain = LAYERS[name](True)
+    x = torch.randn(3, 7, 6) if name == "linear" else torch.randn(2, 6, 9, 7)
+    kind, activation = QuantLinear if name == "linear" else QuantConv2d, timed(bits)
+    layer = kind(plain, Parts(ZeroWeight(plain.weight, bits), activation)).eval()
+    ours = unpacked(tiny_recipe(), layer, LAYERS[name](True))
+    assert type(ours) is kind
+    assert ours.activation_quantizer(x).isnan().all()
+    with torch.no_grad():
+        for activation.index in (1, 0):
+            ours.activation_quantizer.select(activation.index)
+            assert torch.equal(ours.activation_quantizer(x), activation(x))
+            assert torch.equal(ours(x), layer(x))
+            with torch.enable_grad():
+                trained = layer(x).detach()
+            torch.testing.assert_close(ours(x), trained, rtol=0, atol=1e-5 * float(trained.abs().max()))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_thresholds_by_sampling_time(name: str, kernel: str, tiny_recipe: TinyRecipe):
+    """step sgn(x - threshold) with weights of 1 bit, on the threshold too."""
+    torch.manual_seed(0)
+    plain = LAYERS[name](True)
+    x = torch.randn(3, 7, 6) if name == "linear" else torch.randn(2, 6, 9, 7)
+    x.view(-1)[:2] = torch.tensor([0.25, -0.1])
+    kind, activation = QuantLinear if name == "linear" else QuantConv2d, timed(1)
+    layer = kind(plain, Parts(SignWeight(plain.weight), activation)).eval()
+    ours = unpacked(tiny_recipe(), layer, LAYERS[name](True))
+    assert type(ours) is (PackedLinear if name == "linear" else PackedConv2d)
+    with torch.no_grad():
+        for activation.index in (1, 0):
+            ours.select(activation.index)
+            assert torch.equal(ours(x), layer(x))
+    assert len({*activation(x).flatten().tolist()}) == 2
 
 
 # whole networks
@@ -250,3 +297,36 @@ def test_steps_before_a_time_is_known_are_loud():
     assert activation(torch.ones(3)).isnan().all()
     activation.select(1)
     torch.testing.assert_close(activation(torch.ones(3)), torch.ones(3))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("bits", [(4, 4), (1, 1)])
+def test_a_network_with_zero_points_by_sampling_time(
+    bits: tuple[int, int], fused: bool, kernel: str, tiny_recipe: TinyRecipe
+):
+    """Layers and operands of attentions: at each time the student with that time's zero points."""
+    torch.manual_seed(0)
+    spec = tiny_recipe("method.attention_matmul=true", "method.edge_bits=32", name="tiny-ldm")
+    unet = students.finished(spec)
+    timed_ones = []
+    for parent in list(unet.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Lsq):
+                timed_ones.append(timed(bits[1]))
+                setattr(parent, name, timed_ones[-1])
+            elif isinstance(child, SignWeight) and bits[0] > 1:
+                setattr(parent, name, ZeroWeight(parent.weight, bits[0]))
+    packed = students.packed(spec, unet)
+    ours = student.unpacked(packed, Path("m"), fused)
+    listed = packed.tensors[pack.TIMES].tolist()
+    assert len(listed) == 2
+    with torch.inference_mode():
+        for index in (1, 0):
+            for quantizer in timed_ones:
+                quantizer.index = index
+            expected, y = (net(*inputs_of(spec, listed[index]))[0] for net in (unet, ours))
+            assert expected.std() > 0.01
+            if not fused:
+                assert torch.equal(y, expected)
+            else:
+                torch.testing.assert_close(y, expected, rtol=0, atol=0.05 * float(expected.abs().max()))

@@ -14,18 +14,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from zero_points import TimedZero, ZeroWeight
 
 from bdm_cli import places, recipe, student, tensorfile
 from bdm_cli.diffusion.models import build_unet
 from bdm_cli.errors import BdmError
 from bdm_cli.inputs import Exported
 from bdm_cli.jobs import export
-from bdm_cli.methods.binarydm import EbbWeight
 from bdm_cli.metrics import cost
 from bdm_cli.packed import pack
 from bdm_cli.packed.pack import Layer
 from bdm_cli.quant.layers import Parts, QuantConv2d, QuantLinear
-from bdm_cli.quant.quantizers import Lsq, Quantizer, SignWeight, Term, lsq_weight
+from bdm_cli.quant.quantizers import EbbWeight, Lsq, Quantizer, SignWeight, Term, lsq_weight
 from bdm_cli.recipe import Recipe
 
 MIB = 2**20
@@ -54,7 +54,21 @@ def test_levels_lie_as_numpy_packs_them(bits: int, k: int, n: int, zero: int, se
         np.testing.assert_array_equal(back.numpy(), values)
 
 
+@given(st.integers(2, 8), st.integers(1, 5), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_levels_with_zero_points_lie_as_numpy_packs_them(bits: int, k: int, n: int, seed: int):
+    """w = s_c (q - z_c), q = 0..2^b - 1: the file holds q and z."""
+    random = np.random.default_rng(seed)
+    q, zero = random.integers(0, 2**bits, (k, n)), random.integers(-300, 300, k)
+    term = Term(bits, 0, torch.from_numpy(q - zero[:, None]).float(), torch.ones(k), torch.from_numpy(zero))
+    found = pack._bits(term)
+    np.testing.assert_array_equal(found.numpy(), numpy_bits(q, bits, 0))
+    back = pack.levels(found, Layer(shape=(k, n), bits=bits, low=0), term.zero.to(torch.int32))
+    np.testing.assert_array_equal(back.numpy(), q - zero[:, None])
+    assert term.most == max(np.abs(0 - zero).max(), np.abs(2**bits - 1 - zero).max())
+
+
 QUANTIZERS = {
+    "zero points": ZeroWeight,
     "signs": SignWeight,
     "two bases": EbbWeight,
     "2 bits": lambda weight: lsq_weight(2, weight),
@@ -76,7 +90,7 @@ def test_the_terms_of_a_weight_add_up_to_it(name: str):
     for term in terms:
         assert torch.equal(term.levels, term.levels.round())
         assert term.levels.abs().max() <= term.most
-        assert term.levels.min() >= term.low
+        assert (term.levels + (0 if term.zero is None else term.zero.view(-1, 1, 1, 1))).min() >= term.low
 
 
 @pytest.mark.parametrize(
@@ -223,6 +237,14 @@ REFUSED = {
         "Other does not say its activations in whole numbers",
     ),
     "a step per channel": (lambda: quantized(conv(), Lsq(4, scale_shape=(4, 1, 1))), "one step size per channel"),
+    "1-bit weights with zero points": (
+        lambda: quantized(conv(), None, lambda weight: ZeroWeight(weight, 1)),
+        "its weights are of 1 bit and have zero points",
+    ),
+    "zero points by time under 1-bit weights": (
+        lambda: quantized(conv(), TimedZero(4, (0.1, 0.2), (3.0, 7.0))),
+        "its input has zero points by sampling time, and its weights are of 1 bit",
+    ),
     "a zero between the levels": (
         lambda: quantized(conv(), activations(zero=0.5)),
         "zero point is 0.5, which is no integer",
@@ -239,6 +261,49 @@ def test_layers_without_a_packed_form_are_named(name: str, tiny_recipe: TinyReci
     make, reason = REFUSED[name]
     with pytest.raises(BdmError, match=rf"^layer only has no packed form: .*{reason}.*\n  draw from the run itself"):
         students.packed(tiny_recipe(), make())
+
+
+def test_zero_points_are_kept_as_they_are(tiny_recipe: TinyRecipe, tmp_path: Path):
+    """Of the weights' channels and of the input's times; neither is halved nor counted."""
+    torch.manual_seed(0)
+    unet = quantized(conv(), TimedZero(4, (0.1, 0.2), (3.0, 7.0)), ZeroWeight)
+    for half in (False, True):
+        path = tmp_path / f"{half}.safetensors"
+        pack.write(path, students.packed(tiny_recipe(), unet, half))
+        found = pack.read(path)
+        zero, offset = found.tensors["only.zero"], found.tensors["only.offset"]
+        assert torch.equal(zero, unet.only.weight_quantizer.zero.flatten().to(torch.int32))
+        assert len(zero.unique()) > 1
+        assert offset.dtype == torch.float32
+        assert offset.tolist() == [3.0, 7.0]
+        assert found.header.layers["only"].input == (4, 0, 0)
+        assert len(found.tensors[pack.TIMES]) == 2
+        assert found.rest() == {}
+        assert found.counted_bits() == 4 * unet.only.weight.numel() + 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "told"),
+    [
+        ("only.zero", torch.zeros(4), r"only.zero is torch.float32 \(4,\), not torch.int32 \(4,\)"),
+        ("only.zero", torch.zeros(3, dtype=torch.int32), r"only.zero is torch.int32 \(3,\)"),
+        ("only.offset", torch.zeros(1), r"only.offset is torch.float32 \(1,\), not torch.float32 \(2,\)"),
+    ],
+)
+def test_zero_points_that_are_not_as_the_header_says(
+    name: str, tensor: Tensor, told: str, tiny_recipe: TinyRecipe, tmp_path: Path
+):
+    path = tmp_path / "m.safetensors"
+    unet = quantized(conv(), TimedZero(4, (0.1, 0.2), (3.0, 7.0)), ZeroWeight)
+    pack.write(path, students.packed(tiny_recipe(), unet))
+    rewritten(path, lambda tensors, header: put(tensors, name, tensor))
+    with pytest.raises(BdmError, match=f"(?s){told}.*nothing was loaded"):
+        pack.read(path)
+
+
+def test_as_many_zero_points_as_steps(tiny_recipe: TinyRecipe):
+    with pytest.raises(ValueError, match="only: 1 zero points for 2 steps"):
+        students.packed(tiny_recipe(), quantized(conv(), TimedZero(4, (0.1, 0.2), (3.0,)), ZeroWeight))
 
 
 def test_full_precision_has_nothing_to_pack(tiny_recipe: TinyRecipe):
@@ -331,13 +396,13 @@ MISFITS = {
     "a layer too many": (
         lambda t, h: [
             h["layers"].update(more=h["layers"]["conv_in"]),
-            *(put(t, f"more.{part}", t[f"conv_in.{part}"].clone()) for part in pack.PARTS),
+            *(put(t, f"more.{part}", t[name].clone()) for part in pack.PARTS if (name := f"conv_in.{part}") in t),
         ],
         "more has weights .* in the file; the network has no such layer",
     ),
     "another network": (
         lambda t, h: h["recipe"]["unet"]["arguments"].update(block_out_channels=[16, 16, 16]),
-        "conv_in has weights .* in the file; the network has Conv2d",
+        r"conv_in has weights .* in the file; the network has QuantConv2d \(16, 1, 3, 3\)\.",
     ),
 }
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bdm_cli.methods.binarydm import EbbWeight
 from bdm_cli.quant.layers import Parts, QuantConv2d, QuantLinear
-from bdm_cli.quant.quantizers import Lsq, Quantizer, SignWeight, lsq_weight
+from bdm_cli.quant.quantizers import EbbWeight, Lsq, Quantizer, SignWeight, lsq_weight
 
 WEIGHTS = {"signs": SignWeight, "two bases": EbbWeight, "2 bits": lambda weight: lsq_weight(2, weight)}
 

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bdm_cli.methods.binarydm import EbbWeight
-from bdm_cli.quant.quantizers import Lsq, Quantizer, SignWeight, lsq_weight
+from bdm_cli.quant.quantizers import EbbWeight, Lsq, Quantizer, SignWeight, lsq_weight
 
 SIGMA = np.array([0.3, 0.7, 1.2])[:, None]
 SIGMA_2 = np.array([0.2, 0.05, 0.4])[:, None]

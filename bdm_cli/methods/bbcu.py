@@ -1,0 +1,81 @@
+"""BBCU (arXiv:2210.00405, Zj-BinXia/BBCU): ReActNet's pieces with the shortcut after the activation, and everywhere."""
+
+from typing import Literal
+
+from torch import Size, Tensor, nn
+
+from bdm_cli.methods.base import Layer, Method, closed
+from bdm_cli.quant.frames import (
+    Frame,
+    RPReLU,
+    Threshold,
+    channels_shape,
+    shortcut,
+    shortcut_operations,
+    with_bias,
+)
+from bdm_cli.quant.quantizers import MeanSignWeight, Quantizer, SignActivation
+from bdm_cli.quant.ste import sign_poly_ste
+from bdm_cli.quant.swap import Site
+
+
+class BbcuUnit(Threshold):
+    """The basic binary convolution unit: y = RPReLU(conv(sgn(x + b), q_w(w)) + bias) + s(x) (released code).
+
+    In contrast to ReActNet's unit the activation does not touch the shortcut, so that the input passes unchanged.
+    s(x) is the input, average-pooled at stride 2. With more output channels it is repeated, as the code does before its
+    up-sampling; with fewer, channels are averaged, or there is none: see `Bbcu.narrowing`.
+    The released convolutions have no bias; the pretrained one's is kept.
+
+    State: threshold [C, 1, 1]; rprelu's move_1, move_2, slope [K, 1, 1] (parameters).
+    """
+
+    def __init__(self, layer: nn.Conv2d, narrowing: str) -> None:
+        super().__init__(layer)
+        outputs, inputs = layer.weight.shape[:2]
+        self.carries = outputs >= inputs or narrowing == "mean"
+        self.rprelu = RPReLU(channels_shape(layer, outputs))
+
+    def after(self, x: Tensor, product: Tensor, bias: Tensor | None) -> Tensor:
+        y = self.rprelu(with_bias(product, bias))
+        return y + shortcut(x, y) if self.carries else y
+
+    def operations(self, read: Size, written: Size) -> int:
+        carried = shortcut_operations(read, written) if self.carries else 0
+        return super().operations(read, written) + carried + self.rprelu.operations(written)
+
+
+@closed
+class Bbcu(Method):
+    """1-bit weights of analytic scale and thresholded signs; RPReLU and then the shortcut around every convolution.
+
+    q_w(w) = mean|w| sgn(w) per output channel (MeanSignWeight); sgn(x + b) with Bi-Real's polynomial estimator.
+    Linears (attention projections, time embedding) have only the threshold: the original has none of them, and the
+    attention has a shortcut of its own.
+
+    narrowing: the shortcut of convolutions with fewer output than input channels, which the original's networks do not
+        have, and the U-Net's up path in every block, where the input is a feature and a skip connection side by side.
+        'mean': output channel c takes the mean of input channels c, c + K, ...: the repetition's transpose, which keeps
+        the magnitude, since the paper holds that every binary convolution needs a path in full precision beside it.
+        'none': no shortcut there.
+
+    Left out: the range alignment, which multiplies the network's input by k = 130 n / 64 (n features) and divides its
+    output by it. It is there for super-resolution networks without normalization and with a global shortcut, fed with
+    images in 0..1. Here every block normalizes its input, so that k would cancel or, in pretrained biases, time
+    embeddings and the output layer, spoil what was learned; the network is fed with noise, of both signs.
+    Unverified: how BiDM treated channel-changing layers and k in its W1A1 row.
+    """
+
+    activation_bits: Literal[1] = 1
+    narrowing: Literal["mean", "none"] = "mean"
+
+    def weight_quantizer(self, layer: Layer, site: Site) -> Quantizer | None:
+        return super().weight_quantizer(layer, site) if site.edge else MeanSignWeight()
+
+    def activation_quantizer(self, layer: nn.Module, site: Site) -> Quantizer | None:
+        return super().activation_quantizer(layer, site) if site.edge else SignActivation(sign_poly_ste)
+
+    def frame(self, layer: Layer, site: Site) -> Frame | None:
+        if site.edge:
+            return None
+        return BbcuUnit(layer, self.narrowing) if isinstance(layer, nn.Conv2d) else Threshold(layer)
