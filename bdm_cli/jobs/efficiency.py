@@ -148,7 +148,7 @@ def chosen(
             raise unknown("method", name, methods.METHODS, f"or all: --method {ALL}")
     wanted = None if bits is None else parse_bits(bits)
     found = [spec for specs in _models(model).values() for spec in specs if spec.method["name"] in asked]
-    found = [spec for spec in found if _row_of(spec) and wanted in (None, _bits(spec))]
+    found = [spec for spec in found if (own := _bits(spec)) is not None and wanted in (None, own)]
     if not found:
         where = " ".join(part for part in (f"on {model}" if model else "", f"at {bits}" if bits else "") if part)
         raise BdmError(
@@ -158,14 +158,12 @@ def chosen(
     return sorted(found, key=lambda spec: list(methods.METHODS).index(spec.method["name"]))
 
 
-def _row_of(spec: Recipe) -> bool:
-    """Whether it is a recipe by itself, and not only what those of a data set share."""
-    return re.search(r"-(fp|w\d+a\d+)", spec.name) is not None
-
-
-def _bits(spec: Recipe) -> tuple[int, int]:
-    found = cost.main_bits(_student(spec))
-    return found.weight, found.activation
+def _bits(spec: Recipe) -> tuple[int, int] | None:
+    """As its name says; None of a recipe that only others extend."""
+    try:
+        return cost.parse_recipe(spec.name)[1]
+    except ValueError:
+        return None
 
 
 def parts(

@@ -55,8 +55,10 @@ def _row(name: str, layer: Layer, tensors: dict[str, Tensor]) -> dict[str, objec
     told = {"Input levels": "real", "Step": ""}
     if layer.input is not None:
         bits, low, zero = layer.input
-        steps = tensors[f"{name}.step"].tolist()
-        told["Input levels"] = f"{low - zero}..{low - zero + 2**bits - 1}"
+        steps, offsets = tensors[f"{name}.step"].tolist(), tensors.get(f"{name}.offset")
+        zeros = [zero] if offsets is None else [int(z) for z in offsets]
+        levels = f"{low - max(zeros)}..{low - min(zeros) + 2**bits - 1}"
+        told["Input levels"] = "-1, 1" if bits == 1 else levels
         told["Step"] = f"{steps[0]:.4g}" if len(steps) == 1 else f"{min(steps):.4g}..{max(steps):.4g}"
     return {
         "Layer": name,
@@ -76,17 +78,26 @@ def _kind(layer: Layer) -> str:
 
 def _real(packed: Packed) -> set[str]:
     """Modules with weights that are no norm's: what is not quantized."""
-    return {name.rpartition(".")[0] for name, tensor in packed.rest().items() if tensor.dim() > 1}
+    plain = {name: tensor for name, tensor in packed.rest().items() if not _beside(name)}
+    return {name.rpartition(".")[0] for name, tensor in plain.items() if tensor.dim() > 1}
+
+
+def _beside(name: str) -> bool:
+    """Whether a tensor is what a method adds around its layers and blocks."""
+    return ".frame." in name or ".connection." in name
 
 
 def _parts(packed: Packed) -> Counter[str]:
     """Bytes of the tensors by what they are for."""
     found, layers, real = Counter(), packed.header.layers, _real(packed)
-    steps = {name for name, _ in packed.header.steps()} | {pack.TIMES}
+    steps = {name for name, _ in packed.header.steps()}
+    steps |= {pack.offset_name(name) for name in steps} | {pack.TIMES}
     for name, tensor in packed.tensors.items():
         module, _, part = name.rpartition(".")
         if name in steps:
             what = "activation steps"
+        elif _beside(name):
+            what = "thresholds, scales and shortcuts"
         elif module in layers:
             what = f"weights of {_kind(layers[module])}" if part == "weight" else {"bias": "biases"}.get(part, part)
         else:

@@ -31,11 +31,10 @@ MAIN_BITS = ((1, 4), (2, 4), (4, 4), (1, 1))
 
 def run(with_cost: bool = True) -> pd.DataFrame:
     """One row per method, in the papers' order. with_cost: also what needs a network: size, operations, packing."""
-    known, measured = _recipes(), _runs()
-    lines = []
+    measured, lines = _runs(), []
     with progress("counting", len(METHODS) if with_cost else 0, "methods") as advance:
         for name, entry in METHODS.items():
-            bits, places = _printed(name)
+            (bits, places), known = _printed(name), _recipes(name)
             line = {
                 "Method": name,
                 "Printed as": entry.label,
@@ -45,9 +44,9 @@ def run(with_cost: bool = True) -> pd.DataFrame:
                 "Tables": places,
             }
             if with_cost:
-                line |= _cost(_main(known[name], NETWORK)) | {"Packs": _packs(_main(known[name], MINIATURE))}
+                line |= _cost(_main(known, NETWORK)) | {"Packs": _packs(_main(known, MINIATURE))}
                 advance(1, name)
-            lines.append(line | {"Recipes": len(known[name]), "Digits runs": len(measured.get(name, ()))})
+            lines.append(line | {"Recipes": len(known), "Digits runs": len(measured.get(name, ()))})
     return pd.DataFrame(lines)
 
 
@@ -66,7 +65,7 @@ def one(name: str) -> pd.DataFrame:
         ("paper", entry.source, "", f"definition: {entry.definition}"),
         *((f"method.{key}", _toml(info.default), _allowed(info), said.get(key, "")) for key, info in fields.items()),
         ("notes", "", "", notes),
-        ("recipes", ", ".join(spec.name for spec in _recipes()[name]), "", ""),
+        ("recipes", ", ".join(spec.name for spec in _recipes(name)), "", ""),
     ]
     return pd.DataFrame([row for row in rows if any(row[1:])], columns=["Key", "Value", "Allowed", "Meaning"])
 
@@ -92,14 +91,11 @@ def _method_of(recipe_id: str) -> str | None:
         return None
 
 
-def _recipes() -> dict[str, list[Recipe]]:
-    """The recipes of each method, but for those that only others extend."""
-    found: dict[str, list[Recipe]] = {name: [] for name in METHODS}
-    for name in sorted(recipes.names()):
-        spec = recipes.load(name)
-        if _method_of(name) is not None:
-            found[spec.method["name"]].append(spec)
-    return found
+def _recipes(method: str) -> list[Recipe]:
+    """Those of a method, but for what only others extend. Names that say another method are not read."""
+    own = {name: _method_of(name) for name in sorted(recipes.names())}
+    found = [recipes.load(name) for name, said in own.items() if said == method or (said and said not in METHODS)]
+    return [spec for spec in found if spec.method["name"] == method]
 
 
 def _runs() -> dict[str, set[str]]:
@@ -187,7 +183,8 @@ def _told(kind: type) -> tuple[str, dict[str, str], str]:
             place = 2
         parts[place].append(line)
     said, keys = {}, []
-    for sentence in re.split(r"(?<=[.;])\s+|\n", "\n".join(parts[1])):
+    flowing = re.sub(r"\s*\n\s+", " ", "\n".join(parts[1]))  # one line per entry
+    for sentence in re.split(r"(?<=[.;]) +|\n", flowing):
         if named := _names(sentence, fields):
             keys, sentence = named, sentence.partition(": ")[2]
         for key in keys:
@@ -196,7 +193,7 @@ def _told(kind: type) -> tuple[str, dict[str, str], str]:
         if hasattr(parent, "__pydantic_fields__"):
             said = _told(parent)[1] | said
             break
-    return _flowing(parts[0]), {key: " ".join(text.split()) for key, text in said.items()}, _flowing(parts[2])
+    return _flowing(parts[0]), said, _flowing(parts[2])
 
 
 def _names(text: str, fields: set[str]) -> list[str]:

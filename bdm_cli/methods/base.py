@@ -88,6 +88,8 @@ class Method:
 
     def check(self, steps: int) -> list[str]:
         """Faults that concern several fields or the number of training steps, as 'key: message' lines."""
+        if self.attention_matmul and self.activation_bits == 1:
+            return ["attention_matmul: no method here says what 1-bit operands are (given true); it must be false"]
         return []
 
     def keep_fp(self, site: Site) -> bool:

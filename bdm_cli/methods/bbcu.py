@@ -51,13 +51,13 @@ class Bbcu(Method):
 
     q_w(w) = mean|w| sgn(w) per output channel (MeanSignWeight); sgn(x + b) with Bi-Real's polynomial estimator.
     Linears (attention projections, time embedding) have only the threshold: the original has none of them, and the
-    attention has a shortcut of its own.
+    attention has a shortcut of its own. The products of attentions stay real.
 
-    narrowing: the shortcut of convolutions with fewer output than input channels, which the original's networks do not
-        have, and the U-Net's up path in every block, where the input is a feature and a skip connection side by side.
-        'mean': output channel c takes the mean of input channels c, c + K, ...: the repetition's transpose, which keeps
-        the magnitude, since the paper holds that every binary convolution needs a path in full precision beside it.
-        'none': no shortcut there.
+    narrowing: the shortcut of convolutions with fewer output than input channels. The released super-resolution
+        networks have none; the U-Net's up path has one in every block, whose input is a feature and a skip connection
+        side by side. 'mean': output channel c takes the mean of input channels c, c + K, ...: the repetition's
+        transpose, which keeps the magnitude, since the unit's point is a path in full precision beside every binary
+        convolution. 'none': no shortcut there.
 
     Left out: the range alignment, which multiplies the network's input by k = 130 n / 64 (n features) and divides its
     output by it. It is there for super-resolution networks without normalization and with a global shortcut, fed with
@@ -67,6 +67,7 @@ class Bbcu(Method):
     """
 
     activation_bits: Literal[1] = 1
+    attention_matmul: Literal[False] = False
     narrowing: Literal["mean", "none"] = "mean"
 
     def weight_quantizer(self, layer: Layer, site: Site) -> Quantizer | None:

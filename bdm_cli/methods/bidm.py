@@ -162,11 +162,11 @@ class BiDm(Method):
     Training: before each step, what is kept is dropped and the student is called without gradients at t + 1 (at most
     T - 1) on the same images with the same noise; the step's own call mixes with that. So training mixes over one
     timestep, sampling over the sampler's stride. Dropout, if any, draws anew in each of the two.
+    The products of attentions stay real.
     The released LDM code zeroes gamma, the filter's bias and b in the second convolution of every ResBlock, where
     |gamma| can never leave 0 (gradient 0): a slip, not repeated here. Nor do filters go back to 1 / k^2 at loading.
 
     edge_bits: edges are in fp32, as in the released code. real_skips: so are the ResBlocks' skip convolutions.
-    attention_matmul: the products of attentions stay real.
     bias: binary layers keep their biases, added to the scaled product (released code: no).
     filter: 'learned', or the fixed 'box' of XNOR-Net (ablation).
     filter_bias: 'none', K = A * k as printed; 'uniform', a learned one that starts as a torch convolution's (released
@@ -187,7 +187,6 @@ class BiDm(Method):
 
     activation_bits: Literal[1] = 1
     edge_bits: Bits = 32
-    attention_matmul: Literal[False] = False
     real_skips: bool = True
     bias: bool = False
     filter: Literal["learned", "box"] = "learned"
@@ -204,9 +203,10 @@ class BiDm(Method):
     spd_lambda: Annotated[float, Field(ge=0)] = 1e-2
 
     def check(self, steps: int) -> list[str]:
+        found = super().check(steps)
         if self.gamma == "absolute" and self.gamma_start == 0:
-            return ["gamma_start: |gamma| never leaves 0; give another start, or gamma = 'signed'"]
-        return []
+            found.append("gamma_start: |gamma| never leaves 0 (given 0); give another start, or gamma = 'signed'")
+        return found
 
     def keep_bias(self, site: Site) -> bool:
         return site.edge or self.bias

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from bdm_cli.diffusion.sampling import times
 from bdm_cli.methods.base import Keeper, Layer, Method, closed
 from bdm_cli.quant.quantizers import Grid, Quantizer, SignWeight, Term
+from bdm_cli.quant.reconstruction import affine_range, affine_search
 from bdm_cli.quant.ste import passing
 from bdm_cli.quant.swap import Site, Timed, quantized_layers
 
-SHRINKS, POWER = 80, 2.4
-"""Of the search for a range (released code): its narrowest is 1 - 0.79 of the widest; the exponent of its error."""
-
 SEARCHED = 2**18
-"""Numbers of a tensor, evenly spaced, that the search looks at."""
+"""Numbers of a tensor, evenly spaced, from which its range is found, beside its least and its greatest."""
 
 
 def affine_ste(x: Tensor, d: Tensor, z: Tensor, high: int) -> Tensor:
@@ -29,14 +27,19 @@ def affine_ste(x: Tensor, d: Tensor, z: Tensor, high: int) -> Tensor:
     dq/dx = 1;  dq/dd = u - z - x / d where 1, else clip(u) - z;  dq/dz = -d where not 1, else 0.
     """
     v = x / d + z
-    return (passing(v.round(), v).clamp(0, high) - z) * d
+    return (clip(passing(v.round(), v), 0, high) - z) * d
 
 
-class AffineWeight(Quantizer):
+def clip(x: Tensor, low: float, high: float) -> Tensor:
+    """x clipped, with gradient 1 in the range and on its ends, where torch.clamp has 0 in some versions."""
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
+
+
+class LearnedGrid(Quantizer):
     """Few-bit weights on a grid per output channel with a learned scale and a fixed zero point (released code).
 
     q(w) = d_c (clip(round(w / d_c + z_c), 0, 2^b - 1) - z_c); gradients: affine_ste.
-    Start: the channel's least and greatest weight, 0 included, lie on the ends of the grid.
+    Start: the grid covers the channel's weights and 0 (affine_range; the code's "naive" quantization).
 
     Shapes: w [C_out, ...]; sigma (d) and zero (z) [C_out, 1, ...]. State: sigma (parameter), zero (buffer).
     """
@@ -44,11 +47,10 @@ class AffineWeight(Quantizer):
     def __init__(self, bits: int, weight: Tensor) -> None:
         super().__init__()
         self.bits, self.high = bits, 2**bits - 1
-        rows, shape = weight.detach().flatten(1), (-1, *[1] * (weight.dim() - 1))
-        least, greatest = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
-        sigma = ((greatest - least) / self.high).clamp_min(1e-8)
-        self.sigma = nn.Parameter(sigma.view(shape))
-        self.register_buffer("zero", (-least / sigma).round().view(shape))
+        shape = (-1, *[1] * (weight.dim() - 1))
+        sigma, zero = (found.view(shape) for found in affine_range(weight.detach().flatten(1), bits))
+        self.sigma = nn.Parameter(sigma)
+        self.register_buffer("zero", zero)
 
     def forward(self, weight: Tensor) -> Tensor:
         return affine_ste(weight, self.sigma, self.zero, self.high)
@@ -71,7 +73,7 @@ class LoraWeight(Quantizer):
     the start, on which the rate of A and B depends.
     """
 
-    def __init__(self, weight: Tensor, quantizer: AffineWeight | SignWeight, rank: int, rounded: bool) -> None:
+    def __init__(self, weight: Tensor, quantizer: LearnedGrid | SignWeight, rank: int, rounded: bool) -> None:
         super().__init__()
         self.bits, self.rounded = quantizer.bits, rounded
         self.quantizer = quantizer
@@ -96,7 +98,7 @@ class Talsq(Timed, Quantizer):
     """Activation quantizer with a learned step size and zero point for every sampling step (TALSQ).
 
     q(x) = d_j (clip(round(x / d_j + z), 0, 2^b - 1) - z), z = round(z_j); gradients: affine_ste, d z/d z_j = 1.
-    1 bit, which neither paper nor code has: d_j sgn(x - z_j), dq/dx = 1[|x - z_j| <= d_j], dq/dz_j = -dq/dx,
+    1 bit, which the released code refuses: d_j sgn(x - z_j), dq/dx = 1[|x - z_j| <= d_j], dq/dz_j = -dq/dx,
     dq/dd_j = sgn(x - z_j) - dq/dx (x - z_j) / d_j.
     j is the entry whose time is nearest to the image's own. The released code counts calls instead, which is the same
     along the sampler that it was trained with; to sample in fewer steps it takes every r-th entry (as this does, where
@@ -105,8 +107,8 @@ class Talsq(Timed, Quantizer):
     The code keeps one parameter for all d_j of a layer and one for all z_j, too: AdamW moves an entry by its momentum
     after the step that used it.
 
-    Start (calibrate_), of every entry alike as in the released code: the range that is best by mean |x - q(x)|^2.4
-    among (1 - i/100) of least and greatest, i = 0..79; 1 bit: d = mean|x|, z = 0.
+    Start (calibrate_), of every entry alike as in the released code: its search among 80 ranges (affine_search, which
+    has 0 in every range; on at most 2^18 numbers of x). 1 bit: d = mean|x|, z = 0.
 
     Shapes: x and q(x) [N, ...]; timestep [N] or [1]. State: scale, zero (parameters), times (buffer) [S]; scale is NaN
     until calibrate_.
@@ -128,7 +130,10 @@ class Talsq(Timed, Quantizer):
         if self.bits == 1:
             scale, zero = x.abs().mean(), torch.zeros(())
         else:
-            scale, zero = searched_range(x, self.high)
+            some = x.flatten()
+            if len(some) > SEARCHED:
+                some = torch.cat([some[:: -(-len(some) // SEARCHED)], torch.stack(x.aminmax())])
+            scale, zero = affine_search(some[None], self.bits)
         self.scale.copy_(scale.clamp_min(1e-8).expand(len(self.times)))
         self.zero.copy_(zero.expand(len(self.times)))
 
@@ -140,7 +145,7 @@ class Talsq(Timed, Quantizer):
         index, shape = self.entries(self.timestep), (-1, *[1] * (x.dim() - 1))
         d, z = self.scale[index].view(shape), self.zero[index].view(shape)
         if self.bits == 1:
-            return d * passing(torch.where(x >= z, 1.0, -1.0), ((x - z) / d).clamp(-1, 1))
+            return d * passing(torch.where(x >= z, 1.0, -1.0), clip((x - z) / d, -1, 1))
         return affine_ste(x, d, passing(z.round(), z), self.high)
 
     def grid(self, times: Sequence[float] | None = None) -> Grid:
@@ -154,22 +159,6 @@ class Talsq(Timed, Quantizer):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, steps={len(self.times)}"
-
-
-def searched_range(x: Tensor, high: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the best of SHRINKS ranges for x (see Talsq), both scalars."""
-    least, greatest = x.aminmax()
-    some = x.flatten()[:: -(-x.numel() // SEARCHED)].float()
-    found = []
-    for i in range(SHRINKS):
-        low, top = ((1 - 0.01 * i) * end for end in (least, greatest))
-        scale = ((top - low) / high).clamp_min(1e-8)
-        zero = (-low / scale).round()
-        error = affine_ste(some, scale, zero, high).sub_(some).abs_().pow_(POWER).mean()
-        found.append(torch.stack([error, scale, zero]))
-    errors, scales, zeros = torch.stack(found).unbind(1)
-    best = errors.argmin()
-    return scales[best], zeros[best]
 
 
 @closed
@@ -215,13 +204,14 @@ class EfficientDm(Method):
         if super().keep_fp(site):
             return True
         flat = site.projection and self.host.unet.kind == "UNet2DModel"
-        return self.coverage == "released" and (site.skip or ".downsamplers." in site.name or flat)
+        down = ".downsamplers." in site.name and site.name.endswith(".conv")
+        return self.coverage == "released" and (site.skip or down or flat)
 
     def weight_quantizer(self, layer: Layer, site: Site) -> Quantizer:
         if site.edge:
             return super().weight_quantizer(layer, site)
         one_bit = self.weight_bits == 1
-        quantizer = SignWeight(layer.weight) if one_bit else AffineWeight(self.weight_bits, layer.weight)
+        quantizer = SignWeight(layer.weight) if one_bit else LearnedGrid(self.weight_bits, layer.weight)
         return LoraWeight(layer.weight, quantizer, self.rank, self.base == "rounded")
 
     def activation_quantizer(self, layer: nn.Module, site: Site) -> Quantizer | None:

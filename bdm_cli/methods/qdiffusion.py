@@ -96,11 +96,12 @@ class QDiffusion(Method):
         and weight). The released scripts do so for CIFAR-10 and Stable Diffusion; the one for LDM has no such option.
 
     Differences from the released code: a range always holds 0 (its search takes min and max as they are, which differs
-    for channels of one sign alone); an attention is one unit, its four products' steps included (there, once
-    activations are quantized, its projections and products are units of their own); errors are summed over channels
-    also in a transformer block's [N, L, C] (there over L); networks stand in eval mode (there dropout is on); both
-    ranges of a split weight have the rounding term (there only the first); guidance' empty condition is no part of the
-    data. Not offered: symmetric activations and running min-max, which its scripts for Bedrooms add at 8 bits.
+    for channels of one sign alone); an attention is one unit, with its four products' steps (there, once activations
+    are quantized, projections and products are units of their own); errors are summed over channels also in a
+    transformer block's [N, L, C] (there over L); networks stand in eval mode (there dropout is on); both ranges of a
+    split weight have the rounding term (there only the first); activations start from random images as in its DDIM
+    script (the LDM one takes the first 64, all of one step); the empty condition of guidance is no part of the data.
+    Not offered: symmetric activations (its scripts for CIFAR-10 and Bedrooms) and running min-max (Bedrooms).
     Unverified: what BinaryDM's tables were run with.
     """
 
@@ -123,7 +124,7 @@ class QDiffusion(Method):
     data_free: ClassVar[bool] = True
 
     def check(self, steps: int) -> list[str]:
-        faults = []
+        faults = super().check(steps)
         if steps:
             faults.append(f"name: 'qdiffusion' works after training; train.steps must be 0 (given {steps})")
         if self.host is not None and self.calibration_steps > self.calls:
@@ -190,7 +191,7 @@ class QDiffusion(Method):
         total, before = (sum(n for _, _, n in part) for part in (stages, stages[:done]))
         with output.progress("calibrating", total, "iterations", before) as advance:
             for stage, (name, learn_, iterations) in enumerate(stages[done:], done):
-                if stage >= len(names):
+                if stage == max(done, len(names)):
                     self.start_activations_(student, teacher, calls)
                 if iterations:
                     learn_(name, student, teacher, calls, torch.Generator().manual_seed(stage), advance)

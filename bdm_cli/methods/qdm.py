@@ -73,12 +73,13 @@ class QDm(Method):
     nem_weight: Annotated[float, Field(ge=0)] = 1.0
 
     def check(self, steps: int) -> list[str]:
+        faults = super().check(steps)
         if self.taq and self.activation_bits < 32 and not self.attention_matmul:
-            return [
+            faults.append(
                 "attention_matmul: TaQ stands before the quantizers of the attentions' operands; it must be true, "
                 "or taq false (given false, taq = true)"
-            ]
-        return []
+            )
+        return faults
 
     def attention_quantizer(self, operand: str, site: Site) -> Quantizer:
         if self.taq and operand in ("q", "k"):

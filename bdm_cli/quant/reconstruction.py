@@ -15,6 +15,8 @@ from bdm_cli.quant.swap import quantized_layers
 Start = Literal["search", "min-max"]
 
 SHRINKS = 80
+"""Ranges that the search tries, each a hundredth of the first narrower than the one before."""
+
 NORM = 2.4
 """Power of the error that the search and the steps of activations minimise (Q-Diffusion's released code)."""
 
@@ -93,10 +95,9 @@ class AffineWeight(Quantizer):
     def calibrate_(self, x: Tensor) -> None:
         """x: the weights."""
         for i, part in enumerate(x.split(self.widths, 1)):
-            for own, found in zip(
-                (self.scale, self.zero_point), affine_search(part.flatten(1), self.bits), strict=True
-            ):
-                own[:, i] = found.view_as(own[:, i])
+            s, z = affine_search(part.flatten(1), self.bits)
+            self.scale[:, i] = s.view_as(self.scale[:, i])
+            self.zero_point[:, i] = z.view_as(self.scale[:, i])
 
     def steps(self) -> tuple[Tensor, Tensor]:
         """scale and zero_point, to be broadcast against the weights."""
@@ -265,8 +266,10 @@ def examples(
 
 
 def _place(device: torch.device, n_bytes: int) -> torch.device:
-    roomy = device.type == "cuda" and 2 * n_bytes < torch.cuda.mem_get_info(device)[0]
-    return device if roomy else torch.device("cpu")
+    if device.type != "cuda":
+        return torch.device("cpu")
+    torch.cuda.empty_cache()  # what the last unit left counts as taken otherwise
+    return device if 2 * n_bytes < torch.cuda.mem_get_info(device)[0] else torch.device("cpu")
 
 
 class _Reached(Exception):  # noqa: N818

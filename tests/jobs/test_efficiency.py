@@ -9,6 +9,7 @@ import pytest
 from bdm_cli.cli import app
 from bdm_cli.errors import BdmError
 from bdm_cli.jobs import efficiency
+from bdm_cli.methods import METHODS
 from bdm_cli.output import Format
 from bdm_cli.paper import tables
 
@@ -48,7 +49,8 @@ def test_w1a4_ldm_4_beside_tables_5_and_16():
 def test_bidm_beside_its_savings():
     table = run("1/1", "ldm4-bedrooms")
     released, own = row(table, "1/1", "bidm"), row(table, "1/1", "bidm-paper")
-    assert (released["Size (MiB)"], released["OPs (G)"]) == (111.48, 9.366)
+    assert (released["Size (MiB)"], released["OPs (G)"]) == (111.55, 9.368)
+    assert row(table, "1/1", "bidm", 8)["Size (MiB)"] == 108.65
     assert (own["Size (MiB)"], own["BOPs (G)"], own["FLOPs (G)"]) == (37.3, 92.088, 3.93)
     for found in (released, own):
         assert (found["Paper: Size (MB)"], found["Paper: BOPs (G)"], found["Paper: FLOPs (G)"]) == (37.3, 92.1, 0.38)
@@ -81,6 +83,7 @@ def test_all_networks_of_the_paper_at_all_its_bits():
         assert plain[plain["W/A"] == "8/8"]["OPs saving"].tolist() == [1.0, 1.0]  # Eq. 17: 64 BOPs are one OP
     assert set(table["Structure"]) == {"plain", "high-order", "bidm", "bidm-paper"}
     assert set(table[table["Structure"] != "plain"]["Model"]) == {"ldm4-bedrooms"}
+    assert table["Structure"].tolist().count("bidm") == 2
     told = [f"Table {id}: {note}" for id, spec in tables.specs().items() for note in spec.accounting]
     assert notes == told
 
@@ -138,7 +141,7 @@ def test_a_structure_keeps_to_its_bits():
 # ---- by layer and by block -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("structure", ["plain", "lmb", "high-order", "bidm", "bidm-paper"])
+@pytest.mark.parametrize("structure", efficiency.FORMS)
 @pytest.mark.parametrize("by", ["layer", "block"])
 def test_parts_add_up_to_the_whole(by, structure):
     bits = "1/1"
@@ -177,6 +180,95 @@ def test_by_layer_of_ldm_4():
     assert (efficiency.parts("layer", "1/4", "ldm4-bedrooms", "32").set_index("Layer").loc["conv_in"]["W/A"]) == "32/32"
 
 
+# ---- recipes as their methods build them -----------------------------------------------------------------------------
+
+
+def test_a_recipe_beside_the_paper_and_beyond_plain():
+    """ReActNet: a threshold per input channel, and around convs three numbers per output channel."""
+    table, notes = efficiency.built(efficiency.chosen("bedrooms-w1a4-reactnet", [], None))
+    (found,) = table.to_dict("records")
+    assert (found["Recipe"], found["Method"], found["Model"]) == (
+        "bedrooms-w1a4-reactnet",
+        "reactnet",
+        "ldm4-bedrooms",
+    )
+    assert (found["W/A"], found["Edges"], found["Weights in fp32 (%)"]) == ("1/4", 8, 0)
+    plain = row(run("1/4", "ldm4-bedrooms"), "1/4", edges=8)
+    assert found["Size (MiB)"] - plain["Size (MiB)"] == pytest.approx(found["Beyond plain: Size (MiB)"], abs=0.01)
+    assert found["OPs (G)"] - plain["OPs (G)"] == pytest.approx(found["Beyond plain: OPs (G)"], abs=0.001)
+    assert found["BOPs (G)"] == plain["BOPs (G)"]
+    assert found["Beyond plain: Size (MiB)"] > 0.5
+    assert (found["Paper: Size (MB)"], found["Paper's tables"]) == (35.8, "2")
+    assert [note for note in notes if "ReActNet" in note]
+    assert all(note.startswith("Table 2: ") for note in notes)
+
+
+def test_recipes_of_the_tables_rows_that_add_nothing_are_plain():
+    table, _ = efficiency.built(efficiency.chosen(None, [], "lsq, baseline,ebb", model="ldm4-bedrooms"))
+    assert table["Method"].unique().tolist() == ["lsq", "baseline", "ebb"]
+    assert (table[["Beyond plain: Size (MiB)", "Beyond plain: OPs (G)"]] == 0).all(axis=None)
+    for found in table.to_dict("records"):
+        same = row(run(found["W/A"], "ldm4-bedrooms"), found["W/A"], edges=8)
+        for what in ("Size (MiB)", "BOPs (G)", "FLOPs (G)", "OPs (G)", "Size saving", "OPs saving"):
+            assert found[what] == same[what]
+
+
+def test_chosen_by_method_bits_and_network():
+    def names(*asked):
+        return [spec.name for spec in efficiency.chosen(None, [], *asked)]
+
+    assert names("lsq", "2/4") == [f"{data}-w2a4-lsq" for data in ("cifar10", "bedrooms", "churches")]
+    assert names("fp", None, "ldm4-bedrooms") == ["bedrooms-fp"]
+    assert names("binarydm,lsq", "1/4", "ddim-digits") == ["digits-w1a4"]
+    every = efficiency.chosen(None, [], "all", model="ldm4-bedrooms")
+    assert {spec.method["name"] for spec in every} == METHODS.keys()
+    assert efficiency.chosen(None, [], None, "1/4", "ldm4-bedrooms", "8", "plain", "layer") == []
+
+
+def test_a_recipe_with_other_fields():
+    (spec,) = efficiency.chosen("bedrooms-w1a4", ["method.edge_bits=32"], None)
+    table, _ = efficiency.built([spec])
+    assert (table["Recipe"][0], table["Edges"][0]) == ("bedrooms-w1a4+method.edge_bits=32", 32)
+    assert table["Size (MiB)"][0] == 37.3
+    assert math.isnan(table["Paper: Size (MB)"].astype(float)[0])
+
+
+def test_a_recipe_taken_apart():
+    (spec,) = efficiency.chosen("bedrooms-w1a1-bidm", [], None)
+    whole = efficiency.built([spec], "all", True)[0].iloc[0]
+    blocks = efficiency.parts_built("block", spec, "all", True)
+    assert blocks["Block"].tolist() == [*map(str, range(25)), "outside", "total"]
+    layers = efficiency.parts_built("layer", spec, "all", True)
+    for table in (blocks, layers):
+        for what in ("Size (MiB)", "BOPs (G)", "OPs (G)"):
+            assert table[what].iloc[-1] == pytest.approx(whole[what], abs=6e-3)
+    assert layers[layers["Kind"] == "extra"]["Block"].tolist() == [str(block) for block in range(17, 25)]
+    bits = layers.set_index("Layer")["W/A"]
+    assert (bits["conv_in"], bits["up_blocks.0.resnets.0.conv1"]) == ("32/32", "1/1")
+    assert bits["up_blocks.0.resnets.0.conv_shortcut"] == "32/32"
+
+
+@pytest.mark.parametrize("form", Format)
+def test_recipes_in_every_form(form, capsys):
+    app(["efficiency", "--method", "lsq,bidm", "--model", "ddim-digits", "--format", form.value], standalone_mode=False)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "nan" not in out.lower()
+    if form == Format.json:
+        rows = json.loads(out)
+        assert {"Recipe", "Method", "Weights in fp32 (%)", "Beyond plain: Size (MiB)"} <= rows[0].keys()
+        assert [line["Method"] for line in rows] == ["lsq"] * 3 + ["bidm"]
+    if form == Format.table:
+        assert max(len(line.rstrip()) for line in out.splitlines()) <= 120
+
+
+def test_a_recipe_by_block_on_the_command_line(capsys):
+    app(["efficiency", "--recipe", "digits-w1a4-reactnet", "--by-block", "-f", "csv"], standalone_mode=False)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines()[-1].startswith("total")
+
+
 # ---- what people see -------------------------------------------------------------------------------------------------
 
 
@@ -186,7 +278,7 @@ def test_a_terminal_has_one_table_per_network_and_programs_have_all_columns():
     assert [title.partition(":")[0] for title, _ in named] == PAPER
     bidm = dict(named)["ldm4-bedrooms: size and operations"]
     assert bidm["W/A"].tolist() == ["32/32", "1/1", "1/1"] + ["1/1 bidm"] * 2 + ["1/1 bidm-paper"] * 2
-    assert bidm["Size %"].tolist()[-3:] == ["+198.9", "-7.8", "-0.0"]
+    assert bidm["Size %"].tolist()[-3:] == ["+199.1", "-7.8", "-0.0"]
     assert bidm["OPs x"].tolist() == ["1.0", "61.9", "61.9", *["10.3 (52.7)"] * 2, *["17.9 (52.7)"] * 2]
     assert list(named[0][1].columns) == ["W/A", "Edges", "Size MiB", "OPs G", "Size x", "OPs x"]  # nothing printed
     for form in (Format.md, Format.latex):
@@ -267,6 +359,20 @@ MISTAKES = {
         "--structure bidm is not for --bits 1/8",
     ),
     "by layer, model": (["--by-layer", "--model", "ldm4", "--bits", "1/8"], "unknown model 'ldm4'"),
+    "bidm where no recipe builds it": (
+        ["--model", "ldm4-imagenet", "--structure", "bidm"],
+        "none of 'ldm4-imagenet' has that method.\n  networks that have one: ",
+    ),
+    "method": (["--method", "lsq,reactne"], "unknown method 'reactne'. Did you mean 'reactnet'?"),
+    "method on a network": (["--method", "tdq", "--model", "ldm8-churches"], "method tdq on ldm8-churches.\n"),
+    "method at bits": (["--method", "tdq", "--bits", "1/1"], "no recipe has the method tdq at 1/1.\n"),
+    "method and structure": (["--method", "tdq", "--structure", "plain"], "--edges and --structure are for bits"),
+    "recipe": (["--recipe", "bedrooms-w1a5"], "unknown recipe 'bedrooms-w1a5'"),
+    "recipe and bits": (["--recipe", "bedrooms-w1a4", "--bits", "1/4"], "leave out --method, --bits and --model"),
+    "recipe and edges": (["--recipe", "bedrooms-w1a4", "--edges", "8"], "--set method.edge_bits=32"),
+    "recipe and scales": (["--recipe", "bedrooms-w1a4", "--scales", "some"], "unknown --scales 'some'"),
+    "overrides alone": (["--set", "method.edge_bits=32"], "--set changes one recipe.\n  name it: --recipe NAME"),
+    "methods by layer": (["--method", "tdq", "--by-layer"], "--by-layer takes one network apart.\n  name its recipe"),
 }
 
 

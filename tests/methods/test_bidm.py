@@ -730,7 +730,7 @@ def test_the_defaults():
         ("filter=mean", r"method.filter: .*'learned' or 'box'"),
         ("connections=-1", r"method.connections: .*greater than or equal to 0"),
         ("spd_patches=0", r"method.spd_patches"),
-        ("gamma_start=0", r"method.gamma_start: \|gamma\| never leaves 0"),
+        ("gamma_start=0", r"method.gamma_start: \|gamma\| never leaves 0 \(given 0\)"),
     ],
 )
 def test_faulty_fields(tiny_recipe: TinyRecipe, field: str, text: str):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import students
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bdm_cli import methods, recipe, student, tensorfile
 from bdm_cli.diffusion.models import build_unet, estimate_noise
@@ -334,8 +335,8 @@ def test_a_killed_calibration_goes_on_to_the_same_student(spec: Callable[..., Re
         done += lives or -keeper.lives
         assert int(tensorfile.read(keeper.path)[0]["units_done"]) == done
     assert done == 2 * n
-    for name, tensor in built.student.state_dict().items():
-        assert torch.equal(tensor, wanted.student.state_dict()[name])
+    tensors, expected = built.student.state_dict(), wanted.student.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
 
     again = student.build(loaded, seed=0)  # killed before the weights were written: all is there
     again.method.calibrate_(again.student, again.teacher, calls(loaded, again), keeper)
@@ -391,6 +392,16 @@ def test_a_student_that_is_its_own_teacher_is_only_rounded(spec: Callable[..., R
     for name, layer in quantized_layers(unet):
         assert torch.equal(layer.weight, plain.get_submodule(name).weight)
     assert torch.equal(estimate(student.unpacked(students.packed(loaded, unet), Path("m"))), estimate(unet))
+
+
+def test_several_processes_are_refused(spec: Callable[..., Recipe]):
+    built = student.build(spec(), seed=0)
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(BdmError, match="start it as one process"):
+            built.method.calibrate_(built.student, built.teacher, iter([]))
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("quick")

@@ -7,20 +7,31 @@ from torch import nn
 
 from bdm_cli import recipe
 from bdm_cli.diffusion.models import build_unet
+from bdm_cli.methods import METHODS, outline
+from bdm_cli.methods.base import Method
+from bdm_cli.methods.bidm import BiDm
 from bdm_cli.metrics import cost as costs
 from bdm_cli.metrics.cost import (
     Bits,
+    Built,
     Structure,
     bill,
+    bill_as_built,
+    main_bits,
     model_size_mb,
     network_cost,
-    of_recipe,
+    of_student,
     of_unet,
     operations,
     scales_mb,
+    student_cost,
     total,
 )
 from bdm_cli.paper import tables
+from bdm_cli.quant.frames import Frame
+from bdm_cli.quant.layers import Parts
+from bdm_cli.quant.quantizers import EbbWeight, Grid, Lsq, MeanSignWeight, Quantizer, SignActivation, lsq_weight
+from bdm_cli.quant.swap import Timed, swap_attention_, swap_layers_
 
 LDM_4 = {
     "sample_size": 64,
@@ -136,10 +147,6 @@ def test_blocks_and_regions_of_a_small_unet():
     """conv_in, 2 pairs and a downsampler, the middle, 2 pairs twice (the first path's last with its upsampler)."""
     found = cost(**TINY)
     assert len(found.blocks) == 9
-    assert found.block_outputs == [
-        *(32 * 64, 32 * 64, 32 * 16, 64 * 16, 64 * 16),
-        *(64 * 16, 64 * 64, 32 * 64, 32 * 64),
-    ]
     where = {layer.name: layer.site.block for layer in found.layers}
     assert where["conv_in"] == 0
     assert where["down_blocks.1.attentions.0.to_q"] == 3
@@ -174,36 +181,6 @@ def test_scales_of_the_papers_rule_leave_out_the_projections():
     assert total(bill(found, bits, scales="paper")).size_bits - total(bill(found, bits)).size_bits == 32 * expected
 
 
-def test_bidm_by_hand():
-    """One conv of each sort, with what the released layer adds to its weights' bits and its MACs."""
-    found = cost(**TINY)
-    parts = {part.name: part for part in bill(found, Bits(1, 1), Structure("bidm", connections=2))}
-
-    same = parts["down_blocks.0.resnets.0.conv1"]  # 32 -> 32 channels, 3x3, on 8x8
-    assert same.size_bits == 9 * 32 * 32 + 32 * (32 + 9 + 1 + 1)  # thresholds, filter and its bias, gamma; no bias
-    assert same.bops == 9 * 32 * 32 * 64
-    assert same.flops == 2 * 32 * 64 + 9 * 64 + 2 * 32 * 64  # |x| and thresholds; filter; K and shortcut
-
-    wider = parts["down_blocks.1.resnets.0.conv1"]  # 32 -> 64 channels, on 4x4: a real 1x1 conv on the shortcut
-    assert wider.size_bits == 9 * 32 * 64 + 32 * (32 + 9 + 1 + 1 + 32 * 64)
-    assert wider.flops == 2 * 32 * 16 + 9 * 16 + 2 * 64 * 16 + 32 * 64 * 16
-
-    skip = parts["down_blocks.1.resnets.0.conv_shortcut"]
-    assert (skip.bits, skip.size_bits) == ((32, 32), 32 * (32 * 64 + 64))
-    assert (skip.bops, skip.flops) == (0, 32 * 64 * 16)
-
-    query = parts["down_blocks.1.attentions.0.to_q"]
-    assert (query.size_bits, query.bops, query.flops) == (64 * 64 + 32 * 64, 64 * 64 * 16, 64 * 16)
-    linear = parts["down_blocks.0.resnets.0.time_emb_proj"]
-    assert (linear.size_bits, linear.flops) == (128 * 32, 0)
-    assert parts["conv_out"].bits == (32, 32)
-    mixed = [part for part in parts.values() if part.kind == "mixing"]
-    assert [(part.block, part.size_bits, part.flops) for part in mixed] == [
-        (7, 3200, 2 * 32 * 64),
-        (8, 3200, 2 * 32 * 64),
-    ]
-
-
 def test_bidm_as_its_paper_counts():
     found = cost(**TINY)
     parts = {part.name: part for part in bill(found, Bits(1, 1), Structure("bidm-paper"))}
@@ -216,8 +193,8 @@ def test_bidm_as_its_paper_counts():
 
 def test_structures_and_scales_that_do_not_exist():
     found = cost(**TINY)
-    with pytest.raises(ValueError, match="structure 'bidm' is for 1/1, not for 1/4"):
-        bill(found, Bits(1, 4), Structure("bidm"))
+    with pytest.raises(ValueError, match="structure 'bidm-paper' is for 1/1, not for 1/4"):
+        bill(found, Bits(1, 4), Structure("bidm-paper"))
     with pytest.raises(ValueError, match="'triple' does not exist"):
         bill(found, Bits(1, 4), Structure("triple"))
     with pytest.raises(ValueError, match="scales 'some'"):
@@ -319,6 +296,275 @@ def test_ldm_8_operations_and_ldm_4_scales(ldm_4, ldm_8):
     assert round(scales_mb(ldm_4, Bits(1, 4, 32)), 2) == 0.36
 
 
+# ---- networks as methods build them ----------------------------------------------------------------------------------
+
+
+class Shift(Frame):
+    """x + b before, gamma times the input behind; the second table is for the training alone."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.b, self.gamma = nn.Parameter(torch.zeros(channels, 1, 1)), nn.Parameter(torch.zeros(1))
+        self.only_trained = nn.Parameter(torch.zeros(1000))
+
+    def operations(self, read, written):
+        return read.numel() + 2 * written.numel()
+
+    def stored(self):
+        return self.b.numel() + 1
+
+
+class Tabulated(Timed, Quantizer):
+    """A step for every time, made by a network that only the training needs."""
+
+    bits = 4
+
+    def __init__(self, zeros=False, refuses=False):
+        super().__init__()
+        self.network, self.zeros, self.refuses = nn.Linear(1, 1000), zeros, refuses
+
+    def grid(self, times=None):
+        if self.refuses:
+            raise NotImplementedError("its reason")
+        step = self.network(torch.tensor(times).to(self.network.weight)[:, None]).mean(1)
+        return Grid(4, 0, step.round() if self.zeros else 0, step)
+
+
+class Adapted(Quantizer):
+    """Merged away at inference; what is left is said by `stored`."""
+
+    bits = 3
+
+    def __init__(self, weight):
+        super().__init__()
+        self.low_rank = nn.Parameter(torch.zeros(5, *weight.shape[1:]))
+
+    def stored(self):
+        return 7
+
+
+class Behind(nn.Module):
+    """What a method may hang behind a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(10))
+
+    def forward(self, u):
+        return u
+
+    def stored(self):
+        return 4
+
+    def operations(self, read, written):
+        assert read == written
+        return 3 * written.numel()
+
+
+def tiny(quantize_, times=(9.0, 5.0, 1.0)):
+    """TINY as `quantize_` leaves it, and in full precision."""
+    with torch.device("meta"):
+        unet = UNet2DModel(**TINY)
+        full = network_cost(unet)
+        quantize_(unet)
+    return student_cost(full, unet, times), full
+
+
+SAME, WIDER = "down_blocks.0.resnets.0.conv1", "down_blocks.1.resnets.0.conv1"  # 32 -> 32 at 8x8, 32 -> 64 at 4x4
+SKIP, QUERY = "down_blocks.1.resnets.0.conv_shortcut", "down_blocks.1.attentions.0.to_q"  # at 4x4, 64 -> 64 there
+LINEAR = "down_blocks.0.resnets.0.time_emb_proj"  # 128 -> 32
+
+
+def test_a_student_by_hand():
+    parts = {
+        SAME: lambda layer: Parts(MeanSignWeight(), SignActivation(), Shift(32), bias=False),
+        WIDER: lambda layer: Parts(EbbWeight(layer.weight), Lsq(4)),
+        SKIP: lambda layer: Parts(MeanSignWeight("layer"), Tabulated()),
+        QUERY: lambda layer: Parts(Adapted(layer.weight), Tabulated(zeros=True)),
+        LINEAR: lambda layer: Parts(lsq_weight(5, layer.weight), None),
+        "conv_in": lambda layer: Parts(None, Tabulated(refuses=True)),
+    }
+
+    def quantize_(unet):
+        swap_layers_(unet, lambda layer, site: parts[site.name](layer) if site.name in parts else None)
+        unet.up_blocks[1].resnets[1].behind = Behind()
+        unet.up_blocks[1].resnets[1].register_forward_hook(lambda block, inputs, u: block.behind(u))
+
+    found, full = tiny(quantize_)
+    layers = {layer.name: layer for layer in found.layers}
+    assert [(layer.name, layer.macs) for layer in found.layers] == [(layer.name, layer.macs) for layer in full.layers]
+    assert layers[SAME].built == Built(1, 1, 1, 32, 0, 33, 32 * 64 + 2 * 32 * 64)
+    assert layers[SAME].biases == 0
+    assert layers[WIDER].built == Built(1, 4, 2, 2 * 64, 1)
+    assert layers[SKIP].built == Built(1, 4, 1, 1, 3)
+    assert layers[QUERY].built == Built(3, 4, 1, 7, 6)
+    assert layers[LINEAR].built == Built(5, 32, 1, 32, 0)
+    assert layers["conv_in"].built == Built(32, 4, 1, 0, 3)
+    untouched = layers.keys() - parts.keys()
+    assert all(layers[name].built == Built() for name in untouched)
+    assert [(e.numbers, e.operations, e.block) for e in found.extras] == [(4, 3 * 32 * 64, 8)]
+    assert found.others == full.others
+
+    def priced(scales):
+        return {part.name: part for part in bill_as_built(found, scales)}
+
+    none, paper, every = priced("none"), priced("paper"), priced("all")
+    assert none[SAME].size_bits == 9 * 32 * 32 + 32 * 33  # what a frame stores always counts
+    assert paper[SAME].size_bits - none[SAME].size_bits == 32 * 32
+    assert (none[SAME].bops, none[SAME].flops, every[SAME].flops) == (9 * 32 * 32 * 64, 3 * 32 * 64, 4 * 32 * 64)
+    assert every[WIDER].size_bits == 2 * 9 * 32 * 64 + 32 * (64 + 129)
+    assert (every[WIDER].bops, every[WIDER].flops) == (2 * 4 * 9 * 32 * 64 * 16, 2 * 64 * 16)
+    assert (every[SKIP].size_bits, every[SKIP].flops) == (32 * 64 + 32 * (64 + 4), 64 * 16)
+    assert paper[QUERY].size_bits == none[QUERY].size_bits == every[QUERY].size_bits - 32 * 13  # a projection
+    assert (none[LINEAR].size_bits, none[LINEAR].bops, none[LINEAR].flops) == (5 * 128 * 32 + 32 * 32, 0, 128 * 32)
+    behind = none["up_blocks.1.resnets.1.behind"]
+    assert (behind.kind, behind.size_bits, behind.flops, behind.block) == ("extra", 4 * 32, 3 * 32 * 64, 8)
+    real = {part.name: part for part in bill(full, Bits())}
+    assert all(none[name] == real[name] for name in untouched)
+
+
+def test_a_layer_is_real_while_it_is_said_to_be():
+    def quantize_(unet):
+        Method(activation_bits=4).quantize_(unet)
+        unet.conv_in.weight_is_real = unet.conv_out.input_is_real = True
+
+    layers = {layer.name: layer for layer in tiny(quantize_)[0].layers}
+    assert (layers["conv_in"].built.weight, layers["conv_in"].built.activation) == (32, 8)
+    assert (layers["conv_out"].built.weight, layers["conv_out"].built.activation) == (8, 32)
+    assert layers[SAME].built == Built(1, 4, 1, 32, 1)
+
+
+class Normalised(Lsq):
+    def operations(self, read, written):
+        return 5 * read.numel()
+
+    def grid(self, times=None):
+        raise NotImplementedError("its channels have steps of their own")
+
+
+def test_quantized_attentions():
+    """Two attentions at 4x4 with 64 channels and 2 heads, one at 4x4 in the mid block; 16 keys each."""
+
+    def quantize_(unet):
+        swap_attention_(unet, lambda operand, site: Normalised(4) if operand == "q" else Lsq(8))
+
+    found, full = tiny(quantize_)
+    assert [a.macs for a in found.attentions] == [2 * 16 * 16 * 64] * len(full.attentions)
+    assert {a.bits for a in found.attentions} == {(32, 8, 8, 8)}  # what lies on no grid is multiplied as it is
+    assert {(a.scales, a.operations) for a in found.attentions} == {(4, 5 * 64 * 16)}
+    n, real = len(found.attentions), total(bill(full, Bits()))
+    counted, without = total(bill_as_built(found, "all", attention=True)), total(bill_as_built(found))
+    assert counted.size_bits - real.size_bits == n * 4 * 32
+    assert (without.size_bits, without.flops - real.flops) == (real.size_bits, n * 5 * 64 * 16)
+    assert counted.bops == n * 16 * 16 * 64 * 64
+    assert counted.flops - without.flops == n * 16 * 16 * 64
+
+
+def test_bidm_by_hand():
+    """One layer of each sort as released: what it adds to its weights' bits and its MACs."""
+    method = BiDm(connections=2, filter_bias="uniform", linear_threshold="surrogate")
+    method.host = recipe.load("bedrooms-w1a1-bidm")
+    found, _ = tiny(method.quantize_)
+    parts = {part.name: part for part in bill_as_built(found)}
+
+    same = parts[SAME]
+    assert same.size_bits == 9 * 32 * 32 + 32 * (32 + 9 + 1 + 1)  # thresholds, filter and its bias, gamma; no bias
+    assert same.bops == 9 * 32 * 32 * 64
+    assert same.flops == 2 * 32 * 64 + 9 * 64 + 2 * 32 * 64  # |x| and thresholds; filter; K and shortcut
+
+    wider = parts[WIDER]  # a real 1x1 conv on the shortcut
+    assert wider.size_bits == 9 * 32 * 64 + 32 * (32 + 9 + 1 + 1 + 32 * 64)
+    assert wider.flops == 2 * 32 * 16 + 9 * 16 + 2 * 64 * 16 + 32 * 64 * 16
+
+    skip = parts[SKIP]
+    assert (skip.bits, skip.size_bits) == ((32, 32), 32 * (32 * 64 + 64))
+    assert (skip.bops, skip.flops) == (0, 32 * 64 * 16)
+
+    query = parts[QUERY]
+    assert (query.size_bits, query.bops, query.flops) == (64 * 64 + 32 * 64, 64 * 64 * 16, 64 * 16)
+    assert (parts[LINEAR].size_bits, parts[LINEAR].flops) == (128 * 32, 0)  # a surrogate's threshold is not needed
+    assert parts["conv_out"].bits == (32, 32)
+    mixed = [part for part in parts.values() if part.kind == "extra"]
+    assert [(part.block, part.size_bits, part.flops) for part in mixed] == [
+        (7, 3200, 2 * 32 * 64),
+        (8, 3200, 2 * 32 * 64),
+    ]
+
+
+def counted(name, *overrides, scales="paper"):
+    student = of_student(recipe.load(name, overrides), build_unet, outline)
+    return total(bill_as_built(student, scales)), student
+
+
+def test_bidm_on_ldm_4():
+    """As released 111.48 MiB; with thresholds on the time embedding's linears, as the text has them, 0.08 MiB more."""
+    released, _ = counted("bedrooms-w1a1-bidm", "method.linear_threshold=surrogate", "method.filter_bias=uniform")
+    assert released.size_mb == pytest.approx(111.48, abs=0.005)
+    assert released.bops / 1e9 == pytest.approx(92.088, abs=0.001)
+    assert released.ops / 1e9 == pytest.approx(9.368, abs=0.001)
+    whole, _ = counted("bedrooms-w1a1-bidm")
+    assert whole.size_mb - released.size_mb == pytest.approx((22 * 896 - 50) * 4 / 2**20, abs=1e-6)
+    assert whole.ops - released.ops == 22 * 896
+
+
+@pytest.mark.parametrize("scales", ["none", "paper", "all"])
+@pytest.mark.parametrize(
+    ("name", "bits", "structure"),
+    [
+        ("bedrooms-w1a4", Bits(1, 4, 8), "plain"),  # after the transition
+        ("bedrooms-w1a4+method.ebb_center=true", Bits(1, 4, 8), "plain"),
+        ("bedrooms-w1a32-baseline", Bits(1, 32, 8), "plain"),
+        ("bedrooms-w2a4-lsq", Bits(2, 4, 8), "plain"),
+        ("bedrooms-w4a4-qdiffusion", Bits(4, 4, 8), "plain"),
+        ("bedrooms-w1a4-highorder", Bits(1, 4, 8), "high-order"),
+        ("bedrooms-w1a4-lmb", Bits(1, 4, 8), "lmb"),
+        ("bedrooms-w1a4-lmb+method.edge_bits=32", Bits(1, 4, 32), "lmb"),
+        ("bedrooms-fp", Bits(), "plain"),
+    ],
+)
+def test_what_a_method_builds_costs_what_its_structure_does(ldm_4, name, bits, structure, scales):
+    found, student = counted(*name.split("+"), scales=scales)
+    assert found == total(bill(ldm_4, bits, Structure(structure), scales=scales))
+    assert main_bits(student) == bits
+
+
+def test_only_what_inference_needs_counts():
+    """TDQ: 100 steps per layer for its networks' 151 x 12,801 parameters. EfficientDM: 100 steps, 100 zero points."""
+    plain, _ = counted("bedrooms-w1a4-baseline", scales="all")
+    timed, student = counted("bedrooms-w1a4-tdq", scales="all")
+    inner = sum(not layer.edge for layer in student.layers)
+    assert (inner, timed.size_bits - plain.size_bits) == (151, 151 * 99 * 32)
+    assert timed.ops == plain.ops
+    adapted, _ = counted("bedrooms-w4a4-efficientdm", scales="all")
+    affine, _ = counted("bedrooms-w4a4-qdiffusion", scales="all")
+    assert adapted.size_bits - affine.size_bits == 151 * 199 * 32
+    assert adapted.ops == affine.ops
+
+
+def test_layers_left_real():
+    _, student = counted("bedrooms-w4a4-efficientdm", "method.coverage=released")
+    real = [layer for layer in student.layers if layer.built.weight == 32]
+    assert len([layer for layer in real if layer.kind == "conv"]) == 18
+    assert sum(layer.weights for layer in real if layer.kind == "conv") == pytest.approx(16.2e6, rel=5e-3)
+    assert sum(layer.weights for layer in real if layer.kind == "projection") == pytest.approx(32.3e6, rel=5e-3)
+    assert main_bits(student) == Bits(4, 4, 8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_counted(method):
+    """Its recipes of one miniature: of no more bits than 8, and never less than its weights' bits alone."""
+    names = [name for name in recipe.names() if name.startswith("digits-w")]
+    specs = [recipe.load(name) for name in names if costs.parse_recipe(name)[2] == method]
+    for spec in specs:
+        found, student = counted(spec.name)
+        bits, full = main_bits(student), of_unet(spec.unet, build_unet)
+        assert bits.weight <= 8, spec.name
+        assert spec.name.startswith(f"digits-w{bits.weight}a{bits.activation}")
+        assert found.size_bits > total(bill(full, bits)).size_bits - 32 * sum(layer.biases for layer in full.layers)
+        assert {layer.name for layer in student.layers} == {layer.name for layer in full.layers}
+    assert specs or method == "fp"
+
+
 # ---- the papers' numbers: every size and every OPs of Tables 2, 5 and 16 ---------------------------------------------
 
 PRINTED = [
@@ -330,9 +576,10 @@ PRINTED = [
 
 def as_printed(name, metric):
     """Counted as the sizes of Table 2 are: edges in fp32, scales of all but the attentions' projections."""
-    dataset, (weight, activation), structure = costs.parse_recipe(name)
+    dataset, (weight, activation), method = costs.parse_recipe(name)
     found = of_unet(recipe.load(f"{dataset}-fp").unet, build_unet)
-    whole = total(bill(found, Bits(weight, activation, 32), Structure(structure or "plain"), scales="paper"))
+    structure = Structure(costs.OF_METHOD.get(method, "plain"))
+    whole = total(bill(found, Bits(weight, activation, 32), structure, scales="paper"))
     return whole.size_mb if metric == "size_mb" else whole.ops / 1e9
 
 
@@ -390,9 +637,6 @@ def test_bidms_table(ldm_4):
     assert round(full.size_mb / paper.size_mb, 1) == 28.0
     assert round(paper.bops / 64e9 + 0.38, 2) == 1.82
     assert round(round(full.ops / 1e9, 1) / 1.82, 1) == 52.7
-    released = total(bill(ldm_4, Bits(1, 1), Structure("bidm"), scales="paper"))
-    assert released.size_mb == pytest.approx(111.5, abs=0.05)
-    assert released.ops / 1e9 == pytest.approx(9.37, abs=0.005)
     skips = [layer for layer in ldm_4.layers if layer.skip]
     assert len(skips) == 15
     assert sum(layer.macs for layer in skips) == pytest.approx(3.879e9, rel=1e-3)
@@ -404,13 +648,11 @@ def test_bidms_table(ldm_4):
 @pytest.mark.parametrize(
     ("name", "parsed"),
     [
-        ("bedrooms-fp", ("bedrooms", (32, 32), "plain")),
-        ("imagenet-fp+sample.sampler=plms", ("imagenet", (32, 32), "plain")),
-        ("bedrooms-w1a32+method.lrm_k=2", ("bedrooms", (1, 32), "plain")),
-        ("digits-ldm-w2a4-lsq", ("digits-ldm", (2, 4), "plain")),
-        ("bedrooms-w1a4-highorder", ("bedrooms", (1, 4), "high-order")),
-        ("bedrooms-w1a1-bidm", ("bedrooms", (1, 1), "bidm")),
-        ("bedrooms-w1a4-reactnet", ("bedrooms", (1, 4), None)),
+        ("bedrooms-fp", ("bedrooms", (32, 32), "fp")),
+        ("imagenet-fp+sample.sampler=plms", ("imagenet", (32, 32), "fp")),
+        ("bedrooms-w1a32+method.lrm_k=2", ("bedrooms", (1, 32), "binarydm")),
+        ("digits-ldm-w2a4-lsq", ("digits-ldm", (2, 4), "lsq")),
+        ("bedrooms-w1a4-highorder", ("bedrooms", (1, 4), "highorder")),
     ],
 )
 def test_recipe_ids(name, parsed):
@@ -422,23 +664,32 @@ def test_what_is_no_recipe_id():
         costs.parse_recipe("bedrooms")
 
 
+def of_recipe(name):
+    return costs.of_recipe(name, build_unet, outline)
+
+
 def test_metrics_of_recipe_ids(ldm_4):
-    assert set(of_recipe("bedrooms-fp", build_unet)) == set(tables.COUNTED)
-    found = of_recipe("bedrooms-w1a4", build_unet)  # its file says 8-bit edges
+    assert set(of_recipe("bedrooms-fp")) == set(tables.COUNTED)
+    found = of_recipe("bedrooms-w1a4")  # its file says 8-bit edges
     assert found["size_mb"] == total(bill(ldm_4, Bits(1, 4, 8), scales="paper")).size_mb
     assert found["ops_g"] == operations(ldm_4, Bits(1, 4, 8)).ops / 1e9
     assert found["size_saving"] == pytest.approx(30.39, abs=0.005)
-    no_file = of_recipe("bedrooms-w4a4-efficientdm", build_unet)
-    assert no_file["size_mb"] == total(bill(ldm_4, Bits(4, 4, 8), scales="paper")).size_mb
-    assert of_recipe("bedrooms-w1a1-bidm", build_unet)["flops_g"] == pytest.approx(7.927, abs=0.001)
-    assert of_recipe("bedrooms-w1a4-reactnet", build_unet) == {}
 
 
-def test_a_recipes_edge_bits_count(tmp_path, monkeypatch):
+def test_ids_without_a_file(ldm_4):
+    found = of_recipe("ffhq-w3a3-efficientdm")  # FFHQ's network is that of Bedrooms
+    assert found["size_mb"] == total(bill(ldm_4, Bits(3, 3, 8), scales="paper")).size_mb
+    two = of_recipe("bedrooms-w1a2-highorder")
+    assert two["bops_g"] * 1e9 == total(bill(ldm_4, Bits(1, 2, 8), Structure("high-order"))).bops
+    assert of_recipe("bedrooms-w1a3-reactnet") == {}
+    assert of_recipe("bedrooms-w1a4-unheardof") == {}
+    assert of_recipe("elsewhere-w1a4") == {}
+
+
+def test_a_recipes_fields_count(tmp_path, monkeypatch):
     text = 'extends = "bedrooms-w1a4"\nmethod = { edge_bits = 32 }\n'
-    for name in ("bedrooms-w1a4-mine", "bedrooms-w1a4-tdq"):
-        (tmp_path / f"{name}.toml").write_text(text)
+    (tmp_path / "bedrooms-w1a4-mine.toml").write_text(text)
     roots = recipe.roots()
     monkeypatch.setattr(recipe, "roots", lambda: [tmp_path, *roots])
-    assert round(of_recipe("bedrooms-w1a4-tdq", build_unet)["size_mb"], 1) == 37.3
-    assert of_recipe("bedrooms-w1a4-mine", build_unet) == {}
+    assert round(of_recipe("bedrooms-w1a4-mine")["size_mb"], 1) == 37.3
+    assert round(of_recipe("bedrooms-w1a4+method.edge_bits=32")["size_mb"], 1) == 37.3

@@ -94,7 +94,7 @@ def test_the_sums_are_the_same_whole_numbers(name: str, kernel: str, tiny_recipe
     with torch.no_grad():
         quantizer.scale.fill_(1.0)
         weights.sigma.fill_(1.0)
-        layer = (QuantLinear if name == "linear" else QuantConv2d)(plain, weights, quantizer).eval()
+        layer = (QuantLinear if name == "linear" else QuantConv2d)(plain, Parts(weights, quantizer)).eval()
         y = unpacked(tiny_recipe(), layer, LAYERS[name](False))(x)
         a = (x.double() + 5).round().clamp(0, 15) - 5
         signs = torch.where(plain.weight >= 0, 1.0, -1.0).double()

@@ -25,7 +25,7 @@ from bdm_cli.metrics import cost
 from bdm_cli.packed import pack
 from bdm_cli.packed.pack import Layer
 from bdm_cli.quant.layers import Parts, QuantConv2d, QuantLinear
-from bdm_cli.quant.quantizers import EbbWeight, Lsq, Quantizer, SignWeight, Term, lsq_weight
+from bdm_cli.quant.quantizers import EbbWeight, Grid, Lsq, Quantizer, SignWeight, Term, lsq_weight
 from bdm_cli.recipe import Recipe
 
 MIB = 2**20
@@ -105,6 +105,13 @@ def test_the_grid_of_activations_holds_their_values(bits: int, signed: bool, zer
     assert torch.equal(levels * grid.step, quantizer(x).detach())
     assert levels.abs().max() <= grid.most
     assert len(levels.unique()) == 2**bits
+
+
+def test_the_bound_of_a_grid_with_zero_points_by_time_is_that_of_them_all():
+    step = torch.ones(2)
+    assert Grid(4, 0, torch.tensor([3.0, -2.0]), step).most == 17
+    assert Grid(4, -8, torch.tensor([3.0, 9.0]), step).most == 17
+    assert Grid(1, -1, torch.tensor([3.0, -2.5]), step).most == 1
 
 
 # a student in memory and on disk

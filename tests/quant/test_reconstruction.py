@@ -127,6 +127,7 @@ def test_split_weights_are_two_weights_side_by_side(shape: tuple[int, ...]):
         quantizer.calibrate_(part)
         alone.append(quantizer(part))
     assert torch.equal(split(weight), torch.cat(alone, 1))
+    assert (split.stored(), quantizer.stored()) == (8, 4)
     joint = AffineWeight(4, shape)
     joint.calibrate_(weight)
     near = [(q(weight) - weight)[:, :3].square().mean() for q in (split, joint)]
