@@ -444,20 +444,12 @@ def efficiency(
         raise BdmError("--by-layer and --by-block are two tables.\n  give one of them")
     from bdm_cli.jobs import efficiency
 
-    by = "layer" if by_layer else "block" if by_block else None
-    given = (recipe, overrides or [], method, bits, model, edges, structure)
-    if specs := efficiency.chosen(*given, by):
-        if by:
-            table = efficiency.parts_built(by, specs[0], scales, attention)
-            show(efficiency.narrow(table, form), form, f"{specs[0].id}, by {by}")
-            return
-        table, notes = efficiency.built(specs, scales, attention)
-    else:
-        options = (bits, model, edges, structure, scales, attention)
-        if by:
-            show(efficiency.narrow(efficiency.parts(by, *options), form), form, f"{model} at W/A = {bits}, by {by}")
-            return
-        table, notes = efficiency.run(*options)
+    asked = efficiency.Asked(bits, model, edges, structure, recipe, method, overrides or [])
+    if by_layer or by_block:
+        title, table = efficiency.taken_apart("layer" if by_layer else "block", asked, scales, attention)
+        show(efficiency.narrow(table, form), form, title)
+        return
+    table, notes = efficiency.counted(asked, scales, attention)
     for title, sheet in efficiency.sheets(table, form):
         show(sheet, form, title)
     for note in notes:

@@ -10,7 +10,7 @@ from bdm_cli import runs
 from bdm_cli.errors import BdmError, nearest
 from bdm_cli.places import locate
 from bdm_cli.pretrained import is_hub_id
-from bdm_cli.recipe import Evaluate, Recipe
+from bdm_cli.recipe import DATA_FREE, Evaluate, Recipe
 
 
 def missing(recipe: Recipe, evaluation: bool = False) -> list[str]:
@@ -22,7 +22,8 @@ def missing(recipe: Recipe, evaluation: bool = False) -> list[str]:
     wanted = [
         ("full-precision teacher", "" if is_hub_id(teacher) else teacher, "model.pretrained", recipe.model.get_it)
     ]
-    if not (recipe.data.latents and (locate(recipe.data.latents) / "cache.json").exists()):
+    cached = recipe.data.latents and (locate(recipe.data.latents) / "cache.json").exists()
+    if not cached and recipe.method["name"] not in DATA_FREE:
         wanted.insert(0, ("training images", recipe.data.path, "data.path", recipe.data.get_it))
     if recipe.first_stage:
         wanted.append(("first stage", recipe.first_stage.path, "first_stage.path", recipe.first_stage.get_it))

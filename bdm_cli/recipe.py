@@ -63,6 +63,9 @@ def neutral(dataset: str) -> set[str]:
 SHARED_METHOD_KEYS = ("activation_bits", "edge_bits", "attention_matmul", "real_skips")
 """Fields that every method has (methods/base.py), kept when `--method` or a child recipe changes the method."""
 
+DATA_FREE = ("qdiffusion", "efficientdm")
+"""Methods that need no training images: theirs come from the teacher's own sampling (methods/base.py, data_free)."""
+
 AFTER_TRAINING = {"sample", "evaluate"}
 """Sections that act after training: one trained run serves all their values."""
 

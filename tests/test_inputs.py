@@ -33,6 +33,11 @@ def test_images_are_not_missed_once_they_are_encoded(home: Path):
     ]
 
 
+def test_methods_without_data_miss_no_images(home: Path):
+    told = inputs.missing(load("churches-w4a4-efficientdm"))
+    assert [text.split(":")[0] for text in told] == ["full-precision teacher", "first stage"]
+
+
 @pytest.mark.parametrize(("name", "more"), [("bedrooms", 1), ("imagenet", 1), ("churches", 0), ("digits", 0)])
 def test_the_reference_is_told_only_for_the_evaluation(home: Path, name: str, more: int):
     spec = load(name)

@@ -1,8 +1,10 @@
 """Model size and operations of the recipes' networks (Eqs. 16-17), beside the papers' numbers."""
 
+import functools
 import math
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -17,6 +19,9 @@ from bdm_cli.paper import tables
 from bdm_cli.quant.swap import Site
 from bdm_cli.recipe import Recipe
 
+ALL = "all"
+"""In place of methods' names."""
+
 ALL_BITS = ("32/32", "8/8", "4/32", "4/8", "4/4", "2/32", "2/8", "2/4", "1/32", "1/8", "1/4", "1/1")
 """The bit-widths of the papers' tables."""
 
@@ -27,10 +32,43 @@ BIDM = "bidm"
 """A structure, too: as that method builds it."""
 
 FORMS = cost.STRUCTURES | {BIDM: (1, 1)}
-ALL = "all"
 
 Printed = dict[tuple[str, str], dict[str, float]]
 """(bits, structure) -> metric -> the paper's number."""
+
+
+class Asked(NamedTuple):
+    """What is counted: a network at bits, edges and in a structure of choice; or a recipe, or those of methods.
+
+    bits: "W/A"; None: all of the papers' tables that suit the structure.
+    model: a recipe's unet.name; None: the networks of the paper, not the miniatures.
+    edges: bits of the layers next to input and output, a key of EDGES; None: both.
+    structure: one of FORMS; None: plain, and beside it those that the papers print.
+    recipe (with overrides), method ("a,b" or ALL): counted as built.
+    """
+
+    bits: str | None = None
+    model: str | None = None
+    edges: str | None = None
+    structure: str | None = None
+    recipe: str | None = None
+    method: str | None = None
+    overrides: Sequence[str] = ()
+
+
+def counted(asked: Asked, scales: str = "paper", attention: bool = False) -> tuple[pd.DataFrame, list[str]]:
+    """The table of `built` or `run`, with its notes."""
+    specs = chosen(asked)
+    return built(specs, scales, attention) if specs else run(*asked[:4], scales, attention)
+
+
+def taken_apart(by: str, asked: Asked, scales: str = "paper", attention: bool = False) -> tuple[str, pd.DataFrame]:
+    """The table of `parts_built` or `parts`, with its title. by: "layer" or "block"."""
+    specs = chosen(asked, by)
+    if specs:
+        return f"{specs[0].id}, by {by}", parts_built(by, specs[0], scales, attention)
+    bits, model, edges, structure = asked[:4]
+    return f"{model} at W/A = {bits}, by {by}", parts(by, bits, model, edges, structure, scales, attention)
 
 
 def run(
@@ -43,11 +81,7 @@ def run(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Full precision, then one row per bits, structure and edge bits; and the notes on the papers' numbers there.
 
-    bits: "W/A", weight and activation bits; None: all of the papers' tables that suit the structure.
-    model: a recipe's unet.name; None: the networks of the paper, not the miniatures.
-    edges: bits of the layers next to input and output, a key of EDGES; None: both.
-    structure: one of FORMS; None: plain, and beside it those that the papers print. bidm is counted as built, where a
-        recipe of the network has that method.
+    bits, model, edges, structure: as of Asked. bidm is counted as built, where a recipe of the network has that method.
     scales, attention: as cost.bill; the papers leave the attentions' products out.
     Savings are against full precision. Raises: BdmError for what does not exist.
     """
@@ -59,7 +93,7 @@ def run(
     rows, told = [], set()
     for name, found in _models(model).items():
         if model is not None and structure == BIDM:
-            _bidm(found)
+            _bidm(found)  # raises where no recipe builds it
         network = cost.of_unet(found[0].unet, build_unet)
         printed, in_tables = _printed(found)
         choices = [(Bits(), "plain")]
@@ -111,22 +145,13 @@ def built(specs: Sequence[Recipe], scales: str = "paper", attention: bool = Fals
     return pd.DataFrame(rows), _notes(told)
 
 
-def chosen(
-    recipe: str | None,
-    overrides: Sequence[str],
-    method: str | None,
-    bits: str | None = None,
-    model: str | None = None,
-    edges: str | None = None,
-    structure: str | None = None,
-    by: str | None = None,
-) -> list[Recipe]:
-    """What `built` counts: the recipe; or those of the methods ("a,b", or "all") with these bits on this network.
+def chosen(asked: Asked, by: str | None = None) -> list[Recipe]:
+    """The recipes that are asked for, in the order of METHODS; none where bits are at choice.
 
-    Without a model, on the networks of the paper. In the order of METHODS; none if neither recipe nor method is asked
-    for. by: as in `parts_built`, which takes one recipe.
+    by: for `parts_built`, which takes one recipe.
     Raises: BdmError for what does not exist, does not go together, or leaves nothing.
     """
+    bits, model, edges, structure, recipe, method, overrides = asked
     if overrides and recipe is None:
         raise BdmError("--set changes one recipe.\n  name it: --recipe NAME")
     if recipe is None and method is None:
@@ -142,17 +167,17 @@ def chosen(
         return [recipes.load(recipe, overrides)]
     if by is not None:
         raise BdmError(f"--by-{by} takes one network apart.\n  name its recipe: --recipe NAME")
-    asked = list(methods.METHODS) if method == ALL else [part.strip() for part in method.split(",")]
-    for name in asked:
+    names = list(methods.METHODS) if method == ALL else [part.strip() for part in method.split(",")]
+    for name in names:
         if name not in methods.METHODS:
             raise unknown("method", name, methods.METHODS, f"or all: --method {ALL}")
     wanted = None if bits is None else parse_bits(bits)
-    found = [spec for specs in _models(model).values() for spec in specs if spec.method["name"] in asked]
+    found = [spec for specs in _models(model).values() for spec in specs if spec.method["name"] in names]
     found = [spec for spec in found if (own := _bits(spec)) is not None and wanted in (None, own)]
     if not found:
         where = " ".join(part for part in (f"on {model}" if model else "", f"at {bits}" if bits else "") if part)
         raise BdmError(
-            f"no recipe has the method {' or '.join(asked)} {where}".rstrip() + ".\n"
+            f"no recipe has the method {' or '.join(names)} {where}".rstrip() + ".\n"
             "  allowed: what bdm recipes lists; a network at any bits: without --method"
         )
     return sorted(found, key=lambda spec: list(methods.METHODS).index(spec.method["name"]))
@@ -287,8 +312,14 @@ def parse_bits(text: str) -> tuple[int, int]:
 
 def models() -> dict[str, list[Recipe]]:
     """The networks of all recipes, by unet.name: the paper's, then the miniatures'."""
+    return _networks(tuple(recipes.names()))
+
+
+@functools.cache
+def _networks(names: tuple[str, ...]) -> dict[str, list[Recipe]]:
+    """Of these recipes; there are many, and a call of the command needs them more than once."""
     found: dict[str, list[Recipe]] = {}
-    for name in recipes.names():
+    for name in names:
         recipe = recipes.load(name)
         found.setdefault(recipe.unet.name, []).append(recipe)
     return dict(sorted(found.items(), key=lambda item: (_miniature(item[1]), item[0])))
@@ -363,7 +394,7 @@ def _bidm(found: list[Recipe]) -> str:
 def _structure(name: str, found: list[Recipe]) -> Structure:
     """With the network's own scope of two bases."""
     scopes = [recipe.method["ebb_scope"] for recipe in found if "ebb_scope" in recipe.method]
-    return Structure(cost.PLAIN.name if name == BIDM else name, max(scopes, default=cost.PLAIN.scope))
+    return Structure(name, max(scopes, default=cost.PLAIN.scope))
 
 
 def _printed(found: list[Recipe]) -> tuple[Printed, dict[tuple[str, str], dict[str, None]]]:

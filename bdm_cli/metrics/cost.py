@@ -17,7 +17,7 @@ from torch import nn
 
 from bdm_cli import recipe as recipes
 from bdm_cli.quant.layers import QuantAttnProcessor, QuantConv2d, QuantLinear
-from bdm_cli.quant.quantizers import Quantizer, SignActivation
+from bdm_cli.quant.quantizers import Lsq, Quantizer, SignActivation
 from bdm_cli.quant.swap import Block, Site, Timed, quantized_layers, sites, timestep_blocks
 from bdm_cli.recipe import Recipe, Unet
 
@@ -385,18 +385,24 @@ def _built(layer: LayerCost, module: nn.Module, times: Sequence[float]) -> Layer
 
 
 def _of_weight(quantizer: Quantizer, weight: torch.Tensor) -> tuple[int, int, int]:
-    """(bits, bases, scales): as it says in whole numbers, where it does so on the meta device; else its parameters.
+    """(bits, bases, scales): as it says in whole numbers, where it does so without values; else its parameters.
 
     Zero points are no scales: they are integers of as few bits as a weight.
     """
     bits, bases, scales = quantizer.bits, 1, _own(quantizer)
     try:
         terms = quantizer.terms(weight)
-    except RuntimeError:  # it refuses (NotImplementedError), or what it does depends on values
-        pass
+    except RuntimeError as error:
+        if not _expected(error, quantizer):
+            raise
     else:
         bits, bases, scales = terms[0].bits, len(terms), sum(term.sigma.numel() for term in terms)
     return bits, bases, quantizer.stored() if hasattr(quantizer, "stored") else scales
+
+
+def _expected(error: RuntimeError, quantizer: Quantizer) -> bool:
+    """Whether it refuses, or is an LSQ, which looks at its zero point: the meta device has no values."""
+    return isinstance(error, NotImplementedError) or isinstance(quantizer, Lsq)
 
 
 def _of_input(quantizer: Quantizer, times: Sequence[float]) -> int:
@@ -433,10 +439,10 @@ def _quantized(
 def _even(quantizer: Quantizer, times: Sequence[float]) -> bool:
     try:
         quantizer.grid(times)
-    except NotImplementedError:
-        return False
-    except RuntimeError:  # it depends on values, which the meta device has not
-        pass
+    except RuntimeError as error:
+        if not _expected(error, quantizer):
+            raise
+        return not isinstance(error, NotImplementedError)
     return True
 
 

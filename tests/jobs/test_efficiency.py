@@ -9,6 +9,7 @@ import pytest
 from bdm_cli.cli import app
 from bdm_cli.errors import BdmError
 from bdm_cli.jobs import efficiency
+from bdm_cli.jobs.efficiency import Asked
 from bdm_cli.methods import METHODS
 from bdm_cli.output import Format
 from bdm_cli.paper import tables
@@ -183,9 +184,13 @@ def test_by_layer_of_ldm_4():
 # ---- recipes as their methods build them -----------------------------------------------------------------------------
 
 
+def of(name, overrides=()):
+    return efficiency.chosen(Asked(recipe=name, overrides=overrides))
+
+
 def test_a_recipe_beside_the_paper_and_beyond_plain():
     """ReActNet: a threshold per input channel, and around convs three numbers per output channel."""
-    table, notes = efficiency.built(efficiency.chosen("bedrooms-w1a4-reactnet", [], None))
+    table, notes = efficiency.built(of("bedrooms-w1a4-reactnet"))
     (found,) = table.to_dict("records")
     assert (found["Recipe"], found["Method"], found["Model"]) == (
         "bedrooms-w1a4-reactnet",
@@ -204,7 +209,7 @@ def test_a_recipe_beside_the_paper_and_beyond_plain():
 
 
 def test_recipes_of_the_tables_rows_that_add_nothing_are_plain():
-    table, _ = efficiency.built(efficiency.chosen(None, [], "lsq, baseline,ebb", model="ldm4-bedrooms"))
+    table, _ = efficiency.built(efficiency.chosen(Asked(method="lsq, baseline,ebb", model="ldm4-bedrooms")))
     assert table["Method"].unique().tolist() == ["lsq", "baseline", "ebb"]
     assert (table[["Beyond plain: Size (MiB)", "Beyond plain: OPs (G)"]] == 0).all(axis=None)
     for found in table.to_dict("records"):
@@ -214,19 +219,19 @@ def test_recipes_of_the_tables_rows_that_add_nothing_are_plain():
 
 
 def test_chosen_by_method_bits_and_network():
-    def names(*asked):
-        return [spec.name for spec in efficiency.chosen(None, [], *asked)]
+    def names(method, bits=None, model=None):
+        return [spec.name for spec in efficiency.chosen(Asked(bits, model, method=method))]
 
     assert names("lsq", "2/4") == [f"{data}-w2a4-lsq" for data in ("cifar10", "bedrooms", "churches")]
     assert names("fp", None, "ldm4-bedrooms") == ["bedrooms-fp"]
     assert names("binarydm,lsq", "1/4", "ddim-digits") == ["digits-w1a4"]
-    every = efficiency.chosen(None, [], "all", model="ldm4-bedrooms")
+    every = efficiency.chosen(Asked(method="all", model="ldm4-bedrooms"))
     assert {spec.method["name"] for spec in every} == METHODS.keys()
-    assert efficiency.chosen(None, [], None, "1/4", "ldm4-bedrooms", "8", "plain", "layer") == []
+    assert efficiency.chosen(Asked("1/4", "ldm4-bedrooms", "8", "plain"), "layer") == []
 
 
 def test_a_recipe_with_other_fields():
-    (spec,) = efficiency.chosen("bedrooms-w1a4", ["method.edge_bits=32"], None)
+    (spec,) = of("bedrooms-w1a4", ["method.edge_bits=32"])
     table, _ = efficiency.built([spec])
     assert (table["Recipe"][0], table["Edges"][0]) == ("bedrooms-w1a4+method.edge_bits=32", 32)
     assert table["Size (MiB)"][0] == 37.3
@@ -234,7 +239,7 @@ def test_a_recipe_with_other_fields():
 
 
 def test_a_recipe_taken_apart():
-    (spec,) = efficiency.chosen("bedrooms-w1a1-bidm", [], None)
+    (spec,) = of("bedrooms-w1a1-bidm")
     whole = efficiency.built([spec], "all", True)[0].iloc[0]
     blocks = efficiency.parts_built("block", spec, "all", True)
     assert blocks["Block"].tolist() == [*map(str, range(25)), "outside", "total"]

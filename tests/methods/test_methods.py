@@ -12,7 +12,7 @@ import torch
 from students import ONE_BIT, OWN, REFUSED
 from torch import Tensor, nn
 
-from bdm_cli import methods, student
+from bdm_cli import methods, recipe, registry, student
 from bdm_cli.diffusion.losses import FeatureTaps, noise_loss
 from bdm_cli.diffusion.models import build_unet, estimate_noise, noise_scheduler
 from bdm_cli.diffusion.sampling import times
@@ -360,6 +360,10 @@ def test_saved_and_loaded_and_copied_students_give_bit_equal_output(case: Case, 
         for parameter in twin.parameters():
             parameter.add_(1)
     assert torch.equal(case.output(), expected)
+
+
+def test_methods_without_data_are_known_to_the_recipes():
+    assert {name for name in METHODS if registry.resolve("method", name, METHODS).data_free} == set(recipe.DATA_FREE)
 
 
 def test_full_precision_is_the_teacher_itself(tiny_recipe: Callable[..., Recipe], tiny_teacher: Path):
