@@ -446,9 +446,10 @@ def load(name: str, overrides: Sequence[str] = (), method: str | None = None) ->
         recipe with the method's defaults.
     Raises: BdmError that lists every fault, with its dotted key and the value given.
     """
-    if method is not None and sibling(name, method) in names():
+    known = names()
+    if method is not None and sibling(name, method) in known:
         name, method = sibling(name, method), None
-    table = _read(name)
+    table = _read(name, known)
     given = dict(_parse(text) for text in overrides)
     switched = {}
     if method is not None and method != table.get("method", {}).get("name"):
@@ -564,9 +565,8 @@ def difference(a: Recipe, b: Recipe) -> list[str]:
     return [f"{key}: {left.get(key)!r} / {right.get(key)!r}" for key in keys]
 
 
-def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
+def _read(name: str, known: dict[str, Path], children: tuple[str, ...] = ()) -> dict[str, Any]:
     """The TOML table of a recipe merged over its parents. A parent's .toml path is relative to the child's folder."""
-    known = names()
     path = Path(name) if name.endswith(".toml") else known.get(name)
     if path is None:
         raise unknown("recipe", name, known, "or give the path of a .toml file")
@@ -585,7 +585,7 @@ def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
         raise BdmError(f"recipe {path}: extends is {parent!r}.\n  give a recipe's name or the path of a .toml file")
     if parent.endswith(".toml"):
         parent = str(path.parent / parent)
-    return _merge(_read(parent, (*children, name)), table)
+    return _merge(_read(parent, known, (*children, name)), table)
 
 
 def _merge(parent: dict, child: dict) -> dict:

@@ -99,6 +99,7 @@ def test_every_command_has_help_with_an_example(bdm):
     for command in (
         "demo",
         "recipes",
+        "methods",
         "doctor",
         "pretrain",
         "train",

@@ -10,7 +10,7 @@ from bdm_cli.methods.base import Bits, Layer, Method, closed
 from bdm_cli.quant.frames import Frame, channels_shape, with_bias
 from bdm_cli.quant.quantizers import Quantizer, SignActivation, Term, per_channel
 from bdm_cli.quant.ste import sign_ste
-from bdm_cli.quant.swap import Site, sites
+from bdm_cli.quant.swap import Site, meta_inputs, sites
 
 Case = Literal[1, 2, 3, 4]
 
@@ -136,23 +136,8 @@ def output_sizes(unet: nn.Module) -> dict[str, tuple[int, int]]:
     convs = [(site.name, layer) for site, layer in sites(unet) if isinstance(layer, nn.Conv2d)]
     hooks = [layer.register_forward_hook(keep(name)) for name, layer in convs]
     try:
-        torch.func.functional_call(unet, empty, kwargs=_one_image(unet))
+        torch.func.functional_call(unet, empty, kwargs=meta_inputs(unet))
     finally:
         for hook in hooks:
             hook.remove()
     return sizes
-
-
-def _one_image(unet: nn.Module) -> dict[str, Tensor]:
-    """Arguments of one forward on the meta device, by the network's own configuration."""
-    config = unet.config
-    size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
-    found = {
-        "sample": torch.empty(1, config.in_channels, size, size, device="meta"),
-        "timestep": torch.empty(1, device="meta"),
-    }
-    if hasattr(unet, "class_embedder"):
-        found["classes"] = torch.zeros(1, dtype=torch.long, device="meta")
-    elif getattr(config, "cross_attention_dim", None):
-        found["encoder_hidden_states"] = torch.empty(1, 1, config.cross_attention_dim, device="meta")
-    return found

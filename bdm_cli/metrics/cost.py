@@ -18,7 +18,7 @@ from torch import nn
 from bdm_cli import recipe as recipes
 from bdm_cli.quant.layers import QuantAttnProcessor, QuantConv2d, QuantLinear
 from bdm_cli.quant.quantizers import Lsq, Quantizer, SignActivation
-from bdm_cli.quant.swap import Block, Site, Timed, quantized_layers, sites, timestep_blocks
+from bdm_cli.quant.swap import Block, Site, Timed, meta_inputs, quantized_layers, sites, timestep_blocks
 from bdm_cli.recipe import Recipe, Unet
 
 FP_BITS = 32
@@ -246,7 +246,7 @@ class Part(Total):
 def network_cost(unet: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) -> NetworkCost:
     """Count one forward `unet(**inputs)` of one image; network and inputs on the meta device.
 
-    inputs: default: meta_inputs(unet). Raises: ValueError for a layer that the forward runs twice or not at all.
+    inputs: default: swap.meta_inputs(unet). Raises: ValueError for a layer that the forward runs twice or not at all.
     """
     placed = {layer: site for site, layer in sites(unet)}
     blocks = timestep_blocks(unet)
@@ -287,21 +287,6 @@ def _block(blocks: list[Block], name: str) -> int | None:
 
 def _own(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters(recurse=False))
-
-
-def meta_inputs(unet: nn.Module) -> dict[str, torch.Tensor]:
-    """Arguments of one forward with one image: size and channels from the network's own configuration."""
-    config = unet.config
-    size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
-    found = {
-        "sample": torch.empty(1, config.in_channels, size, size, device="meta"),
-        "timestep": torch.empty(1, device="meta"),
-    }
-    if hasattr(unet, "class_embedder"):
-        found["classes"] = torch.zeros(1, dtype=torch.long, device="meta")
-    elif getattr(config, "cross_attention_dim", None):
-        found["encoder_hidden_states"] = torch.empty(1, 1, config.cross_attention_dim, device="meta")
-    return found
 
 
 def _layer_cost(site: Site, layer: nn.Conv2d | nn.Linear, read: torch.Size, written: torch.Size) -> LayerCost:

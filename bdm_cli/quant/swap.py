@@ -107,6 +107,21 @@ def sites(unet: nn.Module) -> list[tuple[Site, nn.Conv2d | nn.Linear]]:
     return found
 
 
+def meta_inputs(unet: nn.Module) -> dict[str, Tensor]:
+    """Arguments of one forward with one image: size and channels from the network's own configuration."""
+    config = unet.config
+    size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+    found = {
+        "sample": torch.empty(1, config.in_channels, size, size, device="meta"),
+        "timestep": torch.empty(1, device="meta"),
+    }
+    if hasattr(unet, "class_embedder"):
+        found["classes"] = torch.zeros(1, dtype=torch.long, device="meta")
+    elif getattr(config, "cross_attention_dim", None):
+        found["encoder_hidden_states"] = torch.empty(1, 1, config.cross_attention_dim, device="meta")
+    return found
+
+
 def swap_layers_(unet: nn.Module, make: Callable[[nn.Conv2d | nn.Linear, Site], Parts | None]) -> None:
     """Replace every Conv2d and Linear in place by its quantized subclass.
 
