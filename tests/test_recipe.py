@@ -64,7 +64,10 @@ def test_recipes_of_one_data_set_share_network_data_and_teacher(name: str):
     for other in (path.stem for path in FILES if path.parent.name == name):
         spec = load(other)
         for section in ("data", "unet", "scheduler", "first_stage", "model", "sample", "evaluate", "pretrain"):
-            assert getattr(spec, section) == getattr(base, section), f"{other}: {section}"
+            found = getattr(spec, section)
+            if section == "sample" and "-w1a1-" in other:  # BiDM's latent rows have steps of their own
+                found = found.model_copy(update={"steps": base.sample.steps})
+            assert found == getattr(base, section), f"{other}: {section}"
 
 
 def test_recipes_are_frozen():
