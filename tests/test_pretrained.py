@@ -534,7 +534,7 @@ def test_a_text_model_without_its_encoder_from_a_folder_to_samples(own_model: st
 def test_a_text_model_learns_from_latents_of_its_folder(own_model: str, home: Path):
     """One training batch against diffusers' own modules: image, posterior draw, scaling factor, noise."""
     spec = recipe.load(own_model)
-    (x_t, t, context), noise = train.real_batches(spec, seed=0)[0](0)
+    (x_t, t, context), noise, _ = train.real_batches(spec, seed=0)[0](0)
     vae = diffusers.AutoencoderKL.from_pretrained(home / "mine" / "vae").eval()
     scheduler = diffusers.PNDMScheduler.from_pretrained(home / "mine" / "scheduler")
     kept = scheduler.alphas_cumprod[t][:, None, None, None]
@@ -569,7 +569,7 @@ def test_a_text_model_from_a_folder_to_prompted_samples(own_model: str, home: Pa
 
     hidden = 0
     for step in range(8):
-        (_, _, context), _ = train.real_batches(spec, seed=0)[0](step)
+        (_, _, context), *_ = train.real_batches(spec, seed=0)[0](step)
         for row, index in zip(context, data.batch_indices(12, 4, step, 0), strict=True):
             told = [torch.allclose(row, encoded(text), atol=1e-5) for text in (f"picture {index} of 12", "")]
             assert sum(told) == 1

@@ -117,7 +117,7 @@ def test_training_tells_the_labels_of_its_images_and_hides_a_share(tiny_recipe: 
     batches = train.real_batches(spec, seed=0)[0]
     hidden = 0
     for step in range(40):
-        (_, _, classes), _ = batches(step)
+        (_, _, classes), *_ = batches(step)
         known = labels[data.batch_indices(len(labels), 8, step, 0)]
         assert all(told in (10, real) for told, real in zip(classes.tolist(), known, strict=True))
         hidden += int((classes == 10).sum())
