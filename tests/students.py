@@ -16,7 +16,13 @@ OWN = {
     "ebb": ("method.ebb_scope=4",),
     "lmb": ("method.ebb_scope=4",),
     "qdm": ("method.attention_matmul=true",),
-    "qdiffusion": ("method.iterations=4", "method.calibration_steps=2", "method.calibration_images=8", "train.steps=0"),
+    "qdiffusion": (
+        "method.iterations=4",
+        "method.activation_iterations=4",
+        "method.calibration_steps=2",
+        "method.calibration_images=8",
+        "train.steps=0",
+    ),
     **dict.fromkeys(("xnorpp", "bbcu", "dorefa", "reste", "xnor", "bidm"), ONE_BIT),
 }
 """Values that a method's case on the tiny network needs."""
