@@ -260,7 +260,11 @@ def test_a_student_packs_bit_for_bit_or_says_why_not(case: Case):
     settings = case.spec.sample
     for t in times(settings.sampler, case.spec.scheduler, settings.steps):
         with torch.no_grad():
-            assert torch.equal(*(estimate_noise(net, case.inputs[0], torch.full((4,), t)) for net in (packed, unet)))
+            found = [estimate_noise(net, case.inputs[0], torch.full((4,), t)) for net in (packed, unet)]
+        if case.built.method.activation_bits == 32:  # sums of real numbers, in another order
+            torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+        else:
+            assert torch.equal(*found)
 
 
 def test_after_training_binary_weights_have_two_levels(first: Case):
@@ -320,8 +324,8 @@ def test_gradients_reach_every_trainable_parameter_and_not_the_teacher(trained: 
     without = [name for name, p in trainable.items() if p.grad is None or not p.grad.isfinite().all()]
     assert without == []
     # softmax does not see what is added to every key; rounding may drop whole gradients only there
-    # and B = 0 lets nothing through to A before the first step (EfficientDM)
-    unseen = (".to_k.bias", ".to_k.frame.", "weight_quantizer.a")
+    # of EfficientDM, B = 0 lets nothing through to A before the first step, and only clipped inputs move zero points
+    unseen = (".to_k.bias", ".to_k.frame.", "weight_quantizer.a", "activation_quantizer.zero")
     zero = {name for name, p in trainable.items() if p.grad.abs().sum() == 0 and not any(k in name for k in unseen)}
     assert zero == set()
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -417,7 +421,7 @@ def test_a_student_is_no_teacher(tiny_recipe: Callable[..., Recipe], tiny_teache
         ("binarydm", ["distillation=kl"], r"method.distillation: .*'lrm' or 'mse'.*\(given 'kl'\)"),
         ("binarydm", ["ebb_center=1"], r"method.ebb_center"),
         ("baseline", ["tau=0.1"], r"method.tau: unknown key"),
-        ("nonsense", [], r"unknown method 'nonsense'.*\n +known: baseline, binarydm, ebb, fp, lsq"),
+        ("nonsense", [], r"unknown method 'nonsense'.*\n +known: baseline, bbcu, bidiffsr, bidm, binarydm"),
         ("binarydmm", [], r"Did you mean 'binarydm'\?"),
     ],
 )
