@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from bdm_cli.quant.frames import Frame
 from bdm_cli.quant.layers import Parts
-from bdm_cli.quant.quantizers import Lsq, Quantizer, SignWeight, lsq_weight
+from bdm_cli.quant.quantizers import Lsq, MeanSignWeight, Quantizer, SignActivation, SignWeight, lsq_weight
+from bdm_cli.quant.ste import sign_poly_ste
 from bdm_cli.quant.swap import Block, Site, Timed, begin_trajectory_, swap_attention_, swap_layers_, tell_time_
 from bdm_cli.recipe import Recipe
 
@@ -180,3 +181,22 @@ class Method:
 
     def on_step_(self, student: nn.Module, step: int, steps: int) -> None:
         """Called after `step` of `steps` training steps, and once on load with the steps done. Must be idempotent."""
+
+
+@closed
+class MeanSignMethod(Method):
+    """What ReActNet and its descendants share beside the edges, which are the baseline's; no row of a table by itself.
+
+    q_w(w) = mean|w| sgn(w) per output channel (MeanSignWeight). Of 1 bit, q_a is the sign with Bi-Real's polynomial
+    estimator; of more, LSQ as in the baseline.
+    """
+
+    activation_bits: Literal[1, 2, 3, 4, 5, 6, 7, 8] = 4
+
+    def weight_quantizer(self, layer: Layer, site: Site) -> Quantizer | None:
+        return super().weight_quantizer(layer, site) if site.edge else MeanSignWeight()
+
+    def activation_quantizer(self, layer: nn.Module, site: Site) -> Quantizer | None:
+        if site.edge or self.activation_bits > 1:
+            return super().activation_quantizer(layer, site)
+        return SignActivation(sign_poly_ste)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Size, Tensor, nn
 
-from bdm_cli.methods.base import Layer, Method, closed
+from bdm_cli.methods.base import Layer, MeanSignMethod, closed
 from bdm_cli.quant.frames import (
     Frame,
     RPReLU,
@@ -14,8 +14,6 @@ from bdm_cli.quant.frames import (
     shortcut_operations,
     with_bias,
 )
-from bdm_cli.quant.quantizers import MeanSignWeight, Quantizer, SignActivation
-from bdm_cli.quant.ste import sign_poly_ste
 from bdm_cli.quant.swap import Site
 
 
@@ -46,7 +44,7 @@ class BbcuUnit(Threshold):
 
 
 @closed
-class Bbcu(Method):
+class Bbcu(MeanSignMethod):
     """1-bit weights of analytic scale and thresholded signs; RPReLU and then the shortcut around every convolution.
 
     q_w(w) = mean|w| sgn(w) per output channel (MeanSignWeight); sgn(x + b) with Bi-Real's polynomial estimator.
@@ -69,12 +67,6 @@ class Bbcu(Method):
     activation_bits: Literal[1] = 1
     attention_matmul: Literal[False] = False
     narrowing: Literal["mean", "none"] = "mean"
-
-    def weight_quantizer(self, layer: Layer, site: Site) -> Quantizer | None:
-        return super().weight_quantizer(layer, site) if site.edge else MeanSignWeight()
-
-    def activation_quantizer(self, layer: nn.Module, site: Site) -> Quantizer | None:
-        return super().activation_quantizer(layer, site) if site.edge else SignActivation(sign_poly_ste)
 
     def frame(self, layer: Layer, site: Site) -> Frame | None:
         if site.edge:

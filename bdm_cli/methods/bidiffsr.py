@@ -1,15 +1,13 @@
 """BI-DiffSR (arXiv:2406.05723, zhengchen1999/BI-DiffSR): thresholds and activations by groups of timesteps."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Size, Tensor, nn
 
-from bdm_cli.methods.base import Layer, Method, closed
+from bdm_cli.methods.base import Layer, MeanSignMethod, closed
 from bdm_cli.quant.frames import Frame, channels_shape, shortcut, shortcut_operations, with_bias
-from bdm_cli.quant.quantizers import MeanSignWeight, Quantizer, SignActivation
-from bdm_cli.quant.ste import sign_poly_ste
 from bdm_cli.quant.swap import Site, Timed
 
 
@@ -73,7 +71,7 @@ class TimeUnit(TimeThreshold):
 
 
 @closed
-class BiDiffSr(Method):
+class BiDiffSr(MeanSignMethod):
     """1-bit weights of analytic scale; timestep-aware thresholds (TaR) and activations (TaA); shortcuts.
 
     q_w(w) = mean|w| sgn(w) per output channel (MeanSignWeight). Of 1 bit, q_a(x + b_g) is the sign with Bi-Real's
@@ -89,16 +87,7 @@ class BiDiffSr(Method):
     and the shortcuts alone, as here, and did not count what they store.
     """
 
-    activation_bits: Literal[1, 2, 3, 4, 5, 6, 7, 8] = 4
     groups: Annotated[int, Field(ge=1)] = 5
-
-    def weight_quantizer(self, layer: Layer, site: Site) -> Quantizer | None:
-        return super().weight_quantizer(layer, site) if site.edge else MeanSignWeight()
-
-    def activation_quantizer(self, layer: nn.Module, site: Site) -> Quantizer | None:
-        if site.edge or self.activation_bits > 1:
-            return super().activation_quantizer(layer, site)
-        return SignActivation(sign_poly_ste)
 
     def frame(self, layer: Layer, site: Site) -> Frame | None:
         if site.edge:

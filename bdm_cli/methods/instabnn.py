@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Size, Tensor, nn
 
-from bdm_cli.methods.base import Layer, Method, closed
+from bdm_cli.methods.base import Layer, MeanSignMethod, closed
 from bdm_cli.quant.frames import (
     Frame,
     RPReLU,
@@ -15,8 +15,6 @@ from bdm_cli.quant.frames import (
     shortcut_operations,
     with_bias,
 )
-from bdm_cli.quant.quantizers import MeanSignWeight, Quantizer, SignActivation
-from bdm_cli.quant.ste import sign_poly_ste
 from bdm_cli.quant.swap import Site
 
 EPS = 1e-5
@@ -118,7 +116,7 @@ class InstaUnit(InstaThreshold):
 
 
 @closed
-class InstaBnn(Method):
+class InstaBnn(MeanSignMethod):
     """1-bit weights of analytic scale; thresholds, and the PReLU of convolutions, that follow each image; shortcuts.
 
     q_w(w) = mean|w| sgn(w) per output channel (MeanSignWeight). Of 1 bit, q_a is the sign with Bi-Real's polynomial
@@ -138,17 +136,8 @@ class InstaBnn(Method):
     the place of the shortcut (ReActNet's is taken), the weights, and how BinaryDM made it a W1A4 row.
     """
 
-    activation_bits: Literal[1, 2, 3, 4, 5, 6, 7, 8] = 4
     normalized: Normalized = "image"
     prelu: Literal["instance", "plain"] = "instance"
-
-    def weight_quantizer(self, layer: Layer, site: Site) -> Quantizer | None:
-        return super().weight_quantizer(layer, site) if site.edge else MeanSignWeight()
-
-    def activation_quantizer(self, layer: nn.Module, site: Site) -> Quantizer | None:
-        if site.edge or self.activation_bits > 1:
-            return super().activation_quantizer(layer, site)
-        return SignActivation(sign_poly_ste)
 
     def frame(self, layer: Layer, site: Site) -> Frame | None:
         if site.edge:

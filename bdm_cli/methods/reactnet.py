@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Size, Tensor, nn
 
-from bdm_cli.methods.base import Layer, Method, closed
+from bdm_cli.methods.base import Layer, MeanSignMethod, closed
 from bdm_cli.quant.frames import (
     Frame,
     RPReLU,
@@ -15,8 +15,7 @@ from bdm_cli.quant.frames import (
     shortcut_operations,
     with_bias,
 )
-from bdm_cli.quant.quantizers import MeanSignWeight, Quantizer, SignActivation
-from bdm_cli.quant.ste import sign_poly_ste
+from bdm_cli.quant.quantizers import MeanSignWeight
 from bdm_cli.quant.swap import Site, quantized_layers
 
 
@@ -47,7 +46,7 @@ class ReActUnit(Threshold):
 
 
 @closed
-class ReActNet(Method):
+class ReActNet(MeanSignMethod):
     """1-bit weights of analytic scale; thresholds before the quantizer; shortcut and RPReLU around every convolution.
 
     q_w(w) = mean|w| sgn(w) per output channel (MeanSignWeight). Of 1 bit, q_a(x + b) = sgn(x + b) with Bi-Real's
@@ -70,17 +69,8 @@ class ReActNet(Method):
     in the second, is train.weight_decay here, one number.
     """
 
-    activation_bits: Literal[1, 2, 3, 4, 5, 6, 7, 8] = 4
     form: Literal["original", "bibench"] = "original"
     first_step: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    def weight_quantizer(self, layer: Layer, site: Site) -> Quantizer | None:
-        return super().weight_quantizer(layer, site) if site.edge else MeanSignWeight()
-
-    def activation_quantizer(self, layer: nn.Module, site: Site) -> Quantizer | None:
-        if site.edge or self.activation_bits > 1:
-            return super().activation_quantizer(layer, site)
-        return SignActivation(sign_poly_ste)
 
     def frame(self, layer: Layer, site: Site) -> Frame | None:
         if site.edge:
