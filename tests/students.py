@@ -1,9 +1,13 @@
 """Finished students of the tiny recipes without training, packed or as runs."""
 
+import copy
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from bdm_cli import runs, student
+from bdm_cli.diffusion.models import estimate_noise
 from bdm_cli.diffusion.sampling import times
 from bdm_cli.packed import pack
 from bdm_cli.packed.pack import Packed
@@ -59,3 +63,19 @@ def run_of(spec: Recipe, unet: nn.Module, seed: int = 0, step: int | None = None
     runs.write_text(runs.recipe_copy(run_id), spec.model_dump_json())
     student.save(runs.weights(run_id), unet, spec, seed, spec.train.steps if step is None else step)
     return run_id
+
+
+def assert_copies_agree(spec: Recipe, unet: nn.Module, folder: Path, step: int = 6) -> nn.Module:
+    """A copy of a student, what is loaded of its file, and its packed form estimate the same noise, bit for bit.
+
+    Returns the loaded one.
+    """
+    x, _ = student.random_inputs(spec, 2, torch.Generator().manual_seed(5))
+    t = torch.full((2,), 500)
+    student.save(folder / "s", unet, spec, seed=0, step=step)
+    loaded = student.load(folder / "s").student
+    with torch.no_grad():
+        expected = estimate_noise(unet, x, t)
+        for network in (copy.deepcopy(unet), loaded, student.unpacked(packed(spec, unet), folder)):
+            assert torch.equal(estimate_noise(network, x, t), expected)
+    return loaded

@@ -1,6 +1,5 @@
 """DoReFa-Net at one bit: both forms against NumPy, sites, packing and its refusal."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,15 +100,7 @@ def test_packed_copied_and_loaded_students_give_bit_equal_output(
     tiny_recipe: TinyRecipe, tmp_path: Path, overrides: tuple[str, ...]
 ):
     spec = one_bit(tiny_recipe, *overrides)
-    unet = students.finished(spec)
-    x, _ = student.random_inputs(spec, 2, torch.Generator().manual_seed(5))
-    t = torch.full((2,), 500)
-    with torch.no_grad():
-        expected = estimate_noise(unet, x, t)
-        student.save(tmp_path / "s", unet, spec, seed=0, step=6)
-        packed = student.unpacked(students.packed(spec, unet), tmp_path)
-        for network in (copy.deepcopy(unet), student.load(tmp_path / "s").student, packed):
-            assert torch.equal(estimate_noise(network, x, t), expected)
+    students.assert_copies_agree(spec, students.finished(spec), tmp_path)
 
 
 def test_the_original_form_trains_and_has_no_packed_form(tiny_recipe: TinyRecipe, tiny_teacher: Path, tmp_path: Path):
