@@ -21,7 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from bdm_cli import inputs, output, places, recipe, records, runs, student, tensorfile
+from bdm_cli import inputs, methods, output, places, recipe, records, runs, student, tensorfile
 from bdm_cli.diffusion import conditions, data, first_stage, losses, sampling, sources, trajectories
 from bdm_cli.diffusion.models import estimate_noise, load_strictly, noise_scheduler
 from bdm_cli.errors import BdmError
@@ -64,26 +64,33 @@ def rehearse(spec: Recipe, steps: int) -> pd.DataFrame:
     """Some steps of the real network in the real loop, with random weights on random latents; nothing is kept.
 
     One row: parameters, batch, median seconds per step, peak memory, and the hours of the recipe's steps at that pace.
+    Of a method that works after training, `steps` iterations of each of its units, with the row that it gives.
     """
-    short = {"steps": steps, "checkpoint_every": max(steps, 1), "grid_every": 0, "log_every": 1}
-    trial = spec.model_copy(update={"train": spec.train.model_copy(update=short)})
     student.use_threads(spec)
+    post_training = methods.build(spec).post_training
+    short = {} if post_training else {"steps": steps, "checkpoint_every": steps, "grid_every": 0, "log_every": 1}
+    trial = spec.model_copy(update={"train": spec.train.model_copy(update=short)})
     with tempfile.TemporaryDirectory() as folder, places.home_at(folder):
-        run_id = f"rehearsal-{spec.name}"
-        with runs.claim(run_id):
-            built = student.build(trial, seed=0, random_teacher=True)
-            done = _train(trial, 0, run_id, built, random_batches(trial), "random numbers", keep=False)
-    step_s = float(np.median(done.step_s))
+        built = student.build(trial, seed=0, random_teacher=True)
+        teacher, bare, method = built
+        if post_training:
+            device, batches = student.processes().device, random_batches(trial)
+            calls = (_to(batches(step), device).inputs for step in itertools.count())
+            measured = method.rehearse_(bare.to(device), teacher.to(device), calls, steps)
+            peak_gib = _peak_gib(device)
+        else:
+            run_id, batches = f"rehearsal-{spec.name}", random_batches(trial, teacher if method.data_free else None)
+            with runs.claim(run_id):
+                done = _train(trial, 0, run_id, built, batches, "random numbers", keep=False)
+            step_s, peak_gib = float(np.median(done.step_s)), done.peak_gib
+            hours = {f"{spec.train.steps:,} steps (h)": round(step_s * spec.train.steps / 3600, 1)}
+            measured = {"Batch": spec.train.batch, "Steps": steps, "Step (s)": round(step_s, 3)} | hours
     row = {
         "Network": spec.unet.name,
-        "Parameters (M)": round(sum(p.numel() for p in built.teacher.parameters()) / 1e6, 2),
-        "Batch": spec.train.batch,
-        "Steps": steps,
-        "Step (s)": round(step_s, 3),
-        "Peak memory (GiB)": round(done.peak_gib, 2),
-        f"{spec.train.steps:,} steps (h)": round(step_s * spec.train.steps / 3600, 1),
+        "Parameters (M)": round(sum(p.numel() for p in teacher.parameters()) / 1e6, 2),
+        "Peak memory (GiB)": round(peak_gib, 2),
     }
-    return pd.DataFrame([row])
+    return pd.DataFrame([row | measured])
 
 
 def real_batches(spec: Recipe, seed: int) -> tuple[Batches, str]:
@@ -120,14 +127,23 @@ def trajectory_batches(spec: Recipe, seed: int, teacher: nn.Module) -> tuple[Bat
     return lambda step: Batch(*calls(step)), f"trajectories of {spec.model.pretrained}"
 
 
-def random_batches(spec: Recipe) -> Batches:
-    """Random latents of the network's input shape, for rehearsals."""
+def random_batches(spec: Recipe, teacher: nn.Module | None = None) -> Batches:
+    """Random latents of the network's input shape, for rehearsals.
+
+    teacher: whose estimates are the targets, as along its trajectories, each of which costs one call there, too.
+    """
+    device = student.processes().device
 
     def batch(step: int) -> Batch:
         random = torch.Generator().manual_seed(step)
         inputs = student.random_inputs(spec, spec.train.batch, random)
         noise, clean = (torch.randn(inputs[0].shape, generator=random) for _ in range(2))
-        return Batch(inputs, noise, clean)
+        if teacher is None:
+            return Batch(inputs, noise, clean)
+        with torch.no_grad():
+            return Batch(inputs, estimate_noise(teacher.to(device), *(part.to(device) for part in inputs)))
+
+    return batch
 
     return batch
 

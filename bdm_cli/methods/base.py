@@ -82,6 +82,8 @@ class Method:
 
     data_free: ClassVar[bool] = False
     """Whether batches lie along the teacher's own sampling trajectories (diffusion/trajectories.py) and not on data."""
+    post_training: ClassVar[bool] = False
+    """Whether all happens in calibrate_: the recipe's train.steps is 0, and rehearse_ is there."""
 
     def __post_init__(self) -> None:
         self.state = nn.Module()  # what training must save beside the student: buffers, set in calibrate_
@@ -150,6 +152,15 @@ class Method:
             for hook in hooks:
                 hook.remove()
         begin_trajectory_(student)
+
+    def rehearse_(
+        self, student: nn.Module, teacher: nn.Module, batches: Iterable[tuple], iterations: int
+    ) -> dict[str, float]:
+        """A short calibrate_ that is told from its whole length: of post-training methods, for `bdm train --rehearse`.
+
+        Returns what is to be printed, by column: the batch, iterations, seconds and the hours of the recipe's own.
+        """
+        raise NotImplementedError("what is trained is rehearsed by training steps")
 
     def trainable(self, student: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """Latent weights and quantizer parameters are trained together (App. B.1)."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -122,6 +123,7 @@ class QDiffusion(Method):
     split_shortcuts: bool = False
 
     data_free: ClassVar[bool] = True
+    post_training: ClassVar[bool] = True
 
     def check(self, steps: int) -> list[str]:
         faults = super().check(steps)
@@ -172,7 +174,30 @@ class QDiffusion(Method):
         if teacher is student:
             start_weights_(student)
             super().calibrate_(student, teacher, batches)
-            return
+        else:
+            self.learn_(student, teacher, batches, keeper)
+
+    def rehearse_(
+        self, student: nn.Module, teacher: nn.Module, batches: Iterable[tuple], iterations: int
+    ) -> dict[str, float]:
+        """Both passes with a few iterations for each unit, from as few images as fill a batch."""
+        n = max(self.reconstruction_batch, self.activation_images)
+        few = {"calibration_steps": 1, "calibration_images": n, "reconstruction_images": self.reconstruction_batch}
+        short = replace(self, iterations=iterations, activation_iterations=iterations, **few)
+        short.host = self.host
+        found, hours = {"Batch": self.reconstruction_batch, "Iterations": iterations}, 0.0
+        passes = {"rounding": self.iterations, "steps": self.activation_iterations}
+        for (name, planned), seconds in zip(passes.items(), short.learn_(student, teacher, batches), strict=True):
+            if seconds:
+                found[f"Iteration of all {len(seconds)} units, {name} (s)"] = round(sum(seconds), 3)
+                hours += planned * sum(seconds) / 3600
+        return found | {"All iterations (h)": round(hours, 1)}
+
+    def learn_(
+        self, student: nn.Module, teacher: nn.Module, batches: Iterable[tuple], keeper: Keeper | None = None
+    ) -> list[list[float]]:
+        """Both passes; as calibrate_. Returns, for each, the seconds that an iteration of each unit took: of those that
+        were not kept."""
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             raise BdmError("'qdiffusion' learns one unit after the other.\n  start it as one process, on one GPU")
         training = student.training
@@ -189,24 +214,27 @@ class QDiffusion(Method):
             passes.append((self.learn_steps_, self.activation_iterations))
         stages = [(name, *one) for one in passes for name in names]
         total, before = (sum(n for _, _, n in part) for part in (stages, stages[:done]))
+        iteration_s: list[list[float]] = [[], []]
         with output.progress("calibrating", total, "iterations", before) as advance:
             for stage, (name, learn_, iterations) in enumerate(stages[done:], done):
                 if stage == max(done, len(names)):
                     self.start_activations_(student, teacher, calls)
                 if iterations:
-                    learn_(name, student, teacher, calls, torch.Generator().manual_seed(stage), advance)
+                    took_s = learn_(name, student, teacher, calls, torch.Generator().manual_seed(stage), advance)
+                    iteration_s[stage // len(names)].append(took_s)
                 if keeper is not None:
                     keeper.write({DONE: torch.tensor(stage + 1), **student.state_dict()})
         student.train(training)
+        return iteration_s
 
     def learn_rounding_(
         self, name: str, student: nn.Module, teacher: nn.Module, calls: list[Tensor], random: torch.Generator,
         advance: Callable[..., None],
-    ) -> None:  # fmt: skip
-        """A unit's part in the first pass."""
+    ) -> float:  # fmt: skip
+        """A unit's part in the first pass. Returns the seconds that an iteration took."""
         with real_activations(student), _told(name, "rounding_lr", advance) as tell:
             data = examples(name, teacher, student, calls, self.some_of(calls, random), self.reconstruction_batch)
-            learn_rounding_(
+            return learn_rounding_(
                 student.get_submodule(name), data, self.iterations, self.reconstruction_batch, self.rounding_lr,
                 self.rounding_weight, self.rounding_free, random, tell,
             )  # fmt: skip
@@ -214,11 +242,11 @@ class QDiffusion(Method):
     def learn_steps_(
         self, name: str, student: nn.Module, teacher: nn.Module, calls: list[Tensor], random: torch.Generator,
         advance: Callable[..., None],
-    ) -> None:  # fmt: skip
-        """A unit's part in the second pass."""
+    ) -> float:  # fmt: skip
+        """A unit's part in the second pass. Returns the seconds that an iteration took."""
         with _told(name, "activation_lr", advance) as tell:
             data = examples(name, teacher, None, calls, self.some_of(calls, random), self.reconstruction_batch)
-            learn_steps_(
+            return learn_steps_(
                 student.get_submodule(name), data, self.activation_iterations, self.reconstruction_batch,
                 self.activation_lr, random, tell,
             )  # fmt: skip

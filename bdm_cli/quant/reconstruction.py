@@ -1,5 +1,6 @@
 """Post-training quantization unit by unit: affine grids found by search, then learned rounding and learned steps."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -343,9 +344,9 @@ Tell = Callable[[int, float], None]
 def learn_rounding_(
     unit: nn.Module, data: Examples, iterations: int, batch: int, lr: float, weight: float, free: float,
     random: torch.Generator, tell: Tell,
-) -> None:  # fmt: skip
+) -> float:  # fmt: skip
     """Round the weights of a unit's layers, in place, so that it puts out what it should: AdaRound (arXiv:2004.10568),
-    over a whole unit as BRECQ has it (arXiv:2102.05426).
+    over a whole unit as BRECQ has it (arXiv:2102.05426). Returns the seconds that an iteration took.
 
     loss = squared error, summed over channels and averaged + weight * sum over the layers of SoftRounding.penalty(b),
     without the second part in the first share `free` of the iterations. Adam over all V. Afterwards the weights lie on
@@ -363,12 +364,14 @@ def learn_rounding_(
 
     _give_(layers, soft)
     try:
-        _descend_(torch.optim.Adam([rounding.logit for rounding in soft], lr), iterations, loss, tell)
+        optimizer = torch.optim.Adam([rounding.logit for rounding in soft], lr)
+        iteration_s = _descend_(optimizer, iterations, loss, tell)
     finally:
         _give_(layers, hard)
     with torch.no_grad():
         for layer, rounding in zip(layers, soft, strict=True):
             layer.weight.copy_(rounding.rounded())
+    return iteration_s
 
 
 def _give_(layers: Sequence[QuantConv2d | QuantLinear], quantizers: Sequence[nn.Module]) -> None:
@@ -378,8 +381,9 @@ def _give_(layers: Sequence[QuantConv2d | QuantLinear], quantizers: Sequence[nn.
 
 def learn_steps_(
     unit: nn.Module, data: Examples, iterations: int, batch: int, lr: float, random: torch.Generator, tell: Tell
-) -> None:
-    """Learn the step sizes of a unit's activations, in place: Adam, its rate to 0 along a cosine.
+) -> float:
+    """Learn the step sizes of a unit's activations, in place: Adam, its rate to 0 along a cosine. Returns the seconds
+    that an iteration took.
 
     loss = |error|^2.4, summed over channels and averaged.
     """
@@ -396,17 +400,19 @@ def learn_steps_(
         for step in steps:
             step.clamp_(min=SMALLEST)
 
-    _descend_(optimizer, iterations, loss, tell, after)
+    iteration_s = _descend_(optimizer, iterations, loss, tell, after)
     for step in steps:
         step.grad = None
+    return iteration_s
 
 
 def _descend_(
     optimizer: torch.optim.Optimizer, iterations: int, loss: Callable[[int], Tensor], tell: Tell,
     after: Callable[[], None] = lambda: None,
-) -> None:  # fmt: skip
-    """Lower loss(i), i = 1, 2, ... Raises: FloatingPointError if it is not finite."""
-    parameters, told = optimizer.param_groups[0]["params"], 0
+) -> float:  # fmt: skip
+    """Lower loss(i), i = 1, 2, ..., and return the seconds that one took. Raises: FloatingPointError if it is not
+    finite."""
+    parameters, told, start = optimizer.param_groups[0]["params"], 0, time.monotonic()
     for i in range(1, iterations + 1):
         value = loss(i)
         optimizer.zero_grad()
@@ -419,3 +425,4 @@ def _descend_(
                 raise FloatingPointError(f"its loss is {value.item()} at iteration {i}")
             tell(i - told, value.item())
             told = i
+    return (time.monotonic() - start) / max(iterations, 1)

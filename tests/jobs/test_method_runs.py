@@ -9,11 +9,12 @@ import pytest
 import students
 import torch
 
-from bdm_cli import inputs, places, records, runs, tensorfile
+from bdm_cli import inputs, places, records, runs, student, tensorfile
 from bdm_cli.errors import BdmError
 from bdm_cli.inputs import Exported
 from bdm_cli.jobs import evaluate, export, sample, train
 from bdm_cli.methods import METHODS
+from bdm_cli.methods.qdiffusion import units
 from bdm_cli.recipe import Recipe
 
 
@@ -39,6 +40,25 @@ def break_off(monkeypatch: pytest.MonkeyPatch, spec: Recipe) -> None:
     monkeypatch.setattr(train.Log, "__call__", logged)
     if not spec.train.steps:
         monkeypatch.setattr(train.Kept, "write", kept)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rehearsal(method: str, tiny_recipe: Callable[..., Recipe], home: Path):
+    """On random weights: there is no teacher. Nothing is kept."""
+    spec = tiny_recipe(*students.OWN.get(method, ()), method=method)
+    row = train.rehearse(spec, steps=2).iloc[0]
+    assert row["Network"] == spec.unet.name
+    assert row["Peak memory (GiB)"] > 0
+    if spec.train.steps:
+        assert (row["Batch"], row["Steps"]) == (spec.train.batch, 2)
+        assert row["Step (s)"] > 0
+    else:
+        assert (row["Batch"], row["Iterations"]) == (32, 2)
+        n = len(units(student.build(spec, 0, random_teacher=True).student))
+        told = [f"Iteration of all {n} units, {which} (s)" for which in ("rounding", "steps")]
+        assert [name for name in row.index if name.startswith("Iteration of")] == told
+        assert row["All iterations (h)"] >= 0
+    assert not any(home.iterdir())
 
 
 @pytest.mark.parametrize("method", METHODS)
