@@ -5,19 +5,11 @@ from typing import Literal
 from torch import Size, Tensor, nn
 
 from bdm_cli.methods.base import Layer, MeanSignMethod, closed
-from bdm_cli.quant.frames import (
-    Frame,
-    RPReLU,
-    Threshold,
-    channels_shape,
-    shortcut,
-    shortcut_operations,
-    with_bias,
-)
+from bdm_cli.quant.frames import Carrying, Frame, RPReLU, Threshold, channels_shape
 from bdm_cli.quant.swap import Site
 
 
-class BbcuUnit(Threshold):
+class BbcuUnit(Carrying, Threshold):
     """The basic binary convolution unit: y = RPReLU(conv(sgn(x + b), q_w(w)) + bias) + s(x) (released code).
 
     In contrast to ReActNet's unit the activation does not touch the shortcut, so that the input passes unchanged.
@@ -28,19 +20,19 @@ class BbcuUnit(Threshold):
     State: threshold [C, 1, 1]; rprelu's move_1, move_2, slope [K, 1, 1] (parameters).
     """
 
+    inside = False
+
     def __init__(self, layer: nn.Conv2d, narrowing: str) -> None:
         super().__init__(layer)
         outputs, inputs = layer.weight.shape[:2]
         self.carries = outputs >= inputs or narrowing == "mean"
         self.rprelu = RPReLU(channels_shape(layer, outputs))
 
-    def after(self, x: Tensor, product: Tensor, bias: Tensor | None) -> Tensor:
-        y = self.rprelu(with_bias(product, bias))
-        return y + shortcut(x, y) if self.carries else y
+    def activation(self, y: Tensor) -> Tensor:
+        return self.rprelu(y)
 
-    def operations(self, read: Size, written: Size) -> int:
-        carried = shortcut_operations(read, written) if self.carries else 0
-        return super().operations(read, written) + carried + self.rprelu.operations(written)
+    def activation_operations(self, written: Size) -> int:
+        return self.rprelu.operations(written)
 
 
 @closed

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Size, Tensor, nn
 
 from bdm_cli.methods.base import Layer, MeanSignMethod, closed
-from bdm_cli.quant.frames import Frame, channels_shape, shortcut, shortcut_operations, with_bias
+from bdm_cli.quant.frames import Carrying, Frame, channels_shape
 from bdm_cli.quant.swap import Site, Timed
 
 
@@ -41,7 +41,7 @@ class TimeThreshold(Timed, Frame):
         return read.numel()
 
 
-class TimeUnit(TimeThreshold):
+class TimeUnit(Carrying, TimeThreshold):
     """The unit around a convolution: y = RPReLU_g(conv(q_a(x + b_g), q_w(w)) + bias) + x (released code).
 
     TaA: RPReLU_g(y) = PReLU(y + c_g) + d_g, slope below 0 per channel and group; c, d start at 0, the slope at 0.25.
@@ -49,6 +49,8 @@ class TimeUnit(TimeThreshold):
 
     State: threshold [G, C, 1, 1]; move_1, move_2, slope [G, K, 1, 1] (parameters).
     """
+
+    inside = False
 
     def __init__(self, layer: nn.Conv2d, groups: int, n_timesteps: int) -> None:
         super().__init__(layer, groups, n_timesteps)
@@ -58,16 +60,14 @@ class TimeUnit(TimeThreshold):
         self.move_1, self.move_2 = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
         self.slope = nn.Parameter(torch.full(shape, 0.25))
 
-    def after(self, x: Tensor, product: Tensor, bias: Tensor | None) -> Tensor:
-        y = with_bias(product, bias)
+    def activation(self, y: Tensor) -> Tensor:
         move_1, move_2, slope = (self.of_group(part, y) for part in (self.move_1, self.move_2, self.slope))
         y = y + move_1
-        y = torch.where(y >= 0, y, slope * y) + move_2
-        return y + shortcut(x, y) if self.carries else y
+        return torch.where(y >= 0, y, slope * y) + move_2
 
-    def operations(self, read: Size, written: Size) -> int:
-        carried = shortcut_operations(read, written) if self.carries else 0
-        return super().operations(read, written) + 3 * written.numel() + carried
+    def activation_operations(self, written: Size) -> int:
+        """As RPReLU's."""
+        return 3 * written.numel()
 
 
 @closed

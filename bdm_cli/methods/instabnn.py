@@ -6,15 +6,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from bdm_cli.methods.base import Layer, MeanSignMethod, closed
-from bdm_cli.quant.frames import (
-    Frame,
-    RPReLU,
-    Threshold,
-    channels_shape,
-    shortcut,
-    shortcut_operations,
-    with_bias,
-)
+from bdm_cli.quant.frames import Carrying, Frame, RPReLU, Threshold, channels_shape
 from bdm_cli.quant.swap import Site
 
 EPS = 1e-5
@@ -91,13 +83,15 @@ class InstaPReLU(nn.Module):
         return 9 * written.numel()
 
 
-class InstaUnit(InstaThreshold):
+class InstaUnit(Carrying, InstaThreshold):
     """The unit around a convolution: y = INSTA-PReLU(conv(q_a(x - TH), q_w(w)) + bias + s(x)), as ReActNet's.
 
     s(x) is the input where the channels match, average-pooled at stride 2; the input repeated where there is a multiple
     of them; elsewhere there is none.
     State: alpha, beta [C, 1, 1]; those of the activation [K, 1, 1] (parameters).
     """
+
+    inside = True
 
     def __init__(self, layer: nn.Conv2d, normalized: Normalized, prelu: str) -> None:
         super().__init__(layer, normalized)
@@ -106,13 +100,11 @@ class InstaUnit(InstaThreshold):
         shape = channels_shape(layer, outputs)
         self.prelu = InstaPReLU(shape, normalized) if prelu == "instance" else RPReLU(shape)
 
-    def after(self, x: Tensor, product: Tensor, bias: Tensor | None) -> Tensor:
-        y = with_bias(product, bias)
-        return self.prelu(y + shortcut(x, y) if self.carries else y)
+    def activation(self, y: Tensor) -> Tensor:
+        return self.prelu(y)
 
-    def operations(self, read: Size, written: Size) -> int:
-        carried = shortcut_operations(read, written) if self.carries else 0
-        return super().operations(read, written) + carried + self.prelu.operations(written)
+    def activation_operations(self, written: Size) -> int:
+        return self.prelu.operations(written)
 
 
 @closed

@@ -6,20 +6,12 @@ from pydantic import Field
 from torch import Size, Tensor, nn
 
 from bdm_cli.methods.base import Layer, MeanSignMethod, closed
-from bdm_cli.quant.frames import (
-    Frame,
-    RPReLU,
-    Threshold,
-    channels_shape,
-    shortcut,
-    shortcut_operations,
-    with_bias,
-)
+from bdm_cli.quant.frames import Carrying, Frame, RPReLU, Threshold, channels_shape
 from bdm_cli.quant.quantizers import MeanSignWeight
 from bdm_cli.quant.swap import Site, quantized_layers
 
 
-class ReActUnit(Threshold):
+class ReActUnit(Carrying, Threshold):
     """ReActNet's unit around a convolution: y = RPReLU(conv(q_a(x + b), q_w(w)) + bias + s(x)) (released code).
 
     s(x) is the input where the channels match, average-pooled at stride 2; where the channels double, the input twice:
@@ -30,19 +22,19 @@ class ReActUnit(Threshold):
     State: threshold [C, 1, 1]; rprelu's move_1, move_2, slope [K, 1, 1] (parameters).
     """
 
+    inside = True
+
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__(layer)
         outputs, inputs = layer.weight.shape[:2]
         self.carries = outputs % inputs == 0
         self.rprelu = RPReLU(channels_shape(layer, outputs))
 
-    def after(self, x: Tensor, product: Tensor, bias: Tensor | None) -> Tensor:
-        y = with_bias(product, bias)
-        return self.rprelu(y + shortcut(x, y) if self.carries else y)
+    def activation(self, y: Tensor) -> Tensor:
+        return self.rprelu(y)
 
-    def operations(self, read: Size, written: Size) -> int:
-        carried = shortcut_operations(read, written) if self.carries else 0
-        return super().operations(read, written) + carried + self.rprelu.operations(written)
+    def activation_operations(self, written: Size) -> int:
+        return self.rprelu.operations(written)
 
 
 @closed

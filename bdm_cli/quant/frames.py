@@ -1,6 +1,7 @@
 """Frames: what methods put around a layer's product, and the parts that two or more of them use."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -99,16 +100,6 @@ def shortcut(x: Tensor, like: Tensor) -> Tensor:
     return torch.cat([longer, sums[:, rest:] / times], 1)
 
 
-def shortcut_operations(read: torch.Size, written: torch.Size) -> int:
-    """Of forming a `shortcut` and adding it. A mean of n numbers takes n operations."""
-    found = written.numel()
-    if read[2:].numel() > written[2:].numel():
-        found += read.numel()
-    if read[1] > written[1]:
-        found += read[:2].numel() * written[2:].numel()
-    return found
-
-
 def resized(x: Tensor, like: Tensor) -> Tensor:
     """A feature map at the side lengths of another: average-pooled if it is larger, repeated if smaller.
 
@@ -125,3 +116,39 @@ def resized(x: Tensor, like: Tensor) -> Tensor:
     if [side // ratio for side in x.shape[2:]] == list(like.shape[2:]):
         return F.avg_pool2d(x, ratio)
     return F.adaptive_avg_pool2d(x, like.shape[2:])
+
+
+class Carrying(Frame):
+    """Mixin of frames around a convolution whose input is carried past it, with an activation f on the way.
+
+    y = f(product + b + s(x)) if `inside`, else f(product + b) + s(x), s = `shortcut`.
+    carries: whether there is s(x), which a unit's own widths decide; else y = f(product + b).
+    """
+
+    inside: ClassVar[bool]
+    carries: bool
+
+    def activation(self, y: Tensor) -> Tensor:
+        """f. Shapes: as the layer's output."""
+        raise NotImplementedError
+
+    def activation_operations(self, written: torch.Size) -> int:
+        """Of f, as Frame.operations."""
+        raise NotImplementedError
+
+    def after(self, x: Tensor, product: Tensor, bias: Tensor | None) -> Tensor:
+        y = with_bias(product, bias)
+        if not self.carries:
+            return self.activation(y)
+        return self.activation(y + shortcut(x, y)) if self.inside else self.activation(y) + shortcut(x, y)
+
+    def operations(self, read: torch.Size, written: torch.Size) -> int:
+        """What stands before the product, f, and forming the shortcut and adding it; a mean of n numbers takes n."""
+        found = super().operations(read, written) + self.activation_operations(written)
+        if not self.carries:
+            return found
+        if read[2:].numel() > written[2:].numel():
+            found += read.numel()
+        if read[1] > written[1]:
+            found += read[:2].numel() * written[2:].numel()
+        return found + written.numel()

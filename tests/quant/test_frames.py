@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from bdm_cli.quant.frames import (
+    Carrying,
     Frame,
     RPReLU,
     Threshold,
     channels_shape,
     resized,
     shortcut,
-    shortcut_operations,
     with_bias,
 )
 from bdm_cli.quant.layers import Parts, QuantConv2d, QuantLinear
@@ -174,6 +174,30 @@ def test_a_shortcut_of_other_sides_and_channels():
     np.testing.assert_allclose(found, numpy_shortcut(numpy_pooled(x.numpy(), 2, 4), 4), rtol=1e-12)
 
 
+class Squared(Carrying):
+    """f(y) = y^2, two operations a number (it says)."""
+
+    def __init__(self, inside: bool, carries: bool) -> None:
+        super().__init__()
+        self.inside, self.carries = inside, carries
+
+    def activation(self, y: Tensor) -> Tensor:
+        return y * y
+
+    def activation_operations(self, written: torch.Size) -> int:
+        return 2 * written.numel()
+
+
+def test_a_shortcut_inside_and_outside_of_the_activation():
+    x, product, bias = normal(2, 4, 6, 6), normal(2, 8, 3, 3, seed=1), normal(8, seed=2)
+    y, carried = product + bias.view(-1, 1, 1), shortcut(x, product)
+    assert torch.equal(Squared(True, True).after(x, product, bias), (y + carried) ** 2)
+    assert torch.equal(Squared(False, True).after(x, product, bias), y**2 + carried)
+    for inside in (True, False):
+        assert torch.equal(Squared(inside, False).after(x, product, bias), y**2)
+        assert torch.equal(Squared(inside, False).after(x, product, None), product**2)
+
+
 @pytest.mark.parametrize(
     ("read", "written", "operations"),
     [
@@ -184,8 +208,12 @@ def test_a_shortcut_of_other_sides_and_channels():
         ((1, 8, 8, 8), (1, 4, 4, 4), 64 + 512 + 128),
     ],
 )
-def test_operations_of_a_shortcut(read: tuple[int, ...], written: tuple[int, ...], operations: int):
-    assert shortcut_operations(torch.Size(read), torch.Size(written)) == operations
+@pytest.mark.parametrize("inside", [True, False])
+def test_operations_of_a_shortcut(read: tuple[int, ...], written: tuple[int, ...], operations: int, inside: bool):
+    sizes = torch.Size(read), torch.Size(written)
+    activation = 2 * sizes[1].numel()
+    assert Squared(inside, True).operations(*sizes) == operations + activation
+    assert Squared(inside, False).operations(*sizes) == activation
 
 
 def test_frames_are_built_on_the_meta_device():
