@@ -67,7 +67,18 @@ DATA_FREE = ("qdiffusion", "efficientdm")
 """Methods that need no training images: theirs come from the teacher's own sampling (methods/base.py, data_free)."""
 
 AFTER_TRAINING = {"sample", "evaluate"}
-"""Sections that act after training: one trained run serves all their values."""
+"""Sections that act after training: one trained run serves all their values, but for what of_training says."""
+
+TRAJECTORY = {f"sample.{key}" for key in ("sampler", "steps", "spacing", "eta", "guidance", "classes", "prompts")}
+"""Keys that decide the sampling trajectories of the teacher, along which DATA_FREE methods train."""
+
+DRAWN = "drawn"
+"""Stands for [sample] in the id of images that a DATA_FREE method drew in another way than it was trained for."""
+
+
+def of_training(key: str, method: str) -> bool:
+    """Whether the trained weights depend on a dotted key."""
+    return key.split(".")[0] not in AFTER_TRAINING | {DRAWN} or (method in DATA_FREE and key in TRAJECTORY)
 
 
 class Section(pydantic.BaseModel):
@@ -386,7 +397,7 @@ class Recipe(Section):
     @property
     def train_id(self) -> str:
         """As id, without what acts only after training."""
-        return self.name + _suffix({k: v for k, v in self.overrides.items() if k.split(".")[0] not in AFTER_TRAINING})
+        return self.name + _suffix({k: v for k, v in self.overrides.items() if of_training(k, self.method["name"])})
 
     @property
     def digest(self) -> str:
@@ -531,6 +542,7 @@ def of_run(stored: Recipe, overrides: Sequence[str], like: Recipe | None = None,
     """The recipe of a finished run with other [sample] and [evaluate] values: those of `like`, then `overrides`.
 
     plain: the recipe's file without overrides, against which the id is told; None = the known recipe of that name.
+    Where [sample] was part of the training, what differs from it is told in the id as `drawn.*`.
     Raises: BdmError if an override concerns what was already fixed by the training.
     """
     table = stored.model_dump(mode="json")
@@ -552,10 +564,14 @@ def of_run(stored: Recipe, overrides: Sequence[str], like: Recipe | None = None,
     spec = _check({**table, "overrides": {}})
     if plain is None:
         plain = load(stored.name) if stored.name in names() else stored
-    was, now = resolved(plain), resolved(spec)
-    later = {k for k in now if k.split(".")[0] in AFTER_TRAINING and k not in NEUTRAL and now[k] != was.get(k)}
-    trained = {k: v for k, v in stored.overrides.items() if k.split(".")[0] not in AFTER_TRAINING}
-    return spec.model_copy(update={"overrides": trained | {k: now[k] for k in later}})
+    kind, fixed, was, now = stored.method["name"], resolved(stored), resolved(plain), resolved(spec)
+    told = {k: v for k, v in stored.overrides.items() if of_training(k, kind)}
+    for key in (k for k in now if k.split(".")[0] in AFTER_TRAINING and k not in NEUTRAL):
+        if of_training(key, kind) and now[key] != fixed[key]:
+            told[key.replace("sample", DRAWN, 1)] = now[key]
+        elif not of_training(key, kind) and now[key] != was.get(key):
+            told[key] = now[key]
+    return spec.model_copy(update={"overrides": told})
 
 
 def difference(a: Recipe, b: Recipe) -> list[str]:

@@ -124,8 +124,10 @@ def target(
         raise BdmError("give either --run ID or --recipe NAME (with --seed).\n  e.g. --recipe digits-w1a4 --seed 0")
     like = plain = None
     if name is not None:
-        trained = [text for text in overrides if text.split(".")[0] not in recipe.AFTER_TRAINING]
-        like, plain, overrides = recipe.load(name, overrides, method), recipe.load(name, trained, method), ()
+        like = recipe.load(name, overrides, method)
+        kind = like.method["name"]
+        trained = [text for text in overrides if recipe.of_training(text.partition("=")[0].strip(), kind)]
+        plain, overrides = recipe.load(name, trained, method), ()
         run_id = like.run_id(seed)
     existing(run_id)
     stored = stored_recipe(run_id)

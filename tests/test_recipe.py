@@ -427,3 +427,26 @@ def test_a_run_by_recipe_takes_the_sampling_of_the_recipe():
     spec = recipe.of_run(stored, [], like)
     assert (spec.sample, spec.evaluate, spec.train) == (like.sample, like.evaluate, stored.train)
     assert spec.id == like.id
+
+
+# of methods that train along the sampler's trajectories, the sampler is a part of the training
+
+
+@pytest.mark.parametrize("name", ["digits-ldm-w4a4-efficientdm", "digits-ldm-w4a4-qdiffusion"])
+def test_trajectories_are_a_part_of_the_training(name: str):
+    plain = load(name)
+    other = load(name, ["sample.eta=0.0", "sample.n_images=64"])
+    assert other.id == f"{name}+sample.eta=0+sample.n_images=64"
+    assert other.train_id == f"{name}+sample.eta=0"
+    assert load("digits-ldm-w1a4", ["sample.eta=0.0"]).train_id == "digits-ldm-w1a4"
+
+    assert recipe.of_run(plain, []).id == name
+    assert recipe.of_run(other, []).id == other.id
+    drawn = {
+        recipe.of_run(plain, ["sample.eta=0.0", "sample.n_images=64"]).id: "+drawn.eta=0+sample.n_images=64",
+        recipe.of_run(other, ["sample.eta=1.0"]).id: "+drawn.eta=1+sample.eta=0+sample.n_images=64",
+        recipe.of_run(other, ["sample.n_images=2000", "sample.steps=10"]).id: "+drawn.steps=10+sample.eta=0",
+    }
+    assert drawn == {f"{name}{suffix}": suffix for suffix in drawn.values()}
+    spec = recipe.of_run(other, ["sample.eta=1.0"])
+    assert (spec.sample.eta, spec.train_id) == (1.0, other.train_id)

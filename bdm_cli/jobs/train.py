@@ -404,7 +404,7 @@ def _unfinished(spec: Recipe, run_id: str, resume: bool) -> bool:
             f"  go on with --resume, use another --seed, or remove {runs.run_dir(run_id)}"
         )
     changed = recipe.difference(runs.stored_recipe(run_id), spec)
-    changed = [line for line in changed if line.split(".")[0] not in recipe.AFTER_TRAINING]
+    changed = [line for line in changed if recipe.of_training(line.partition(":")[0], spec.method["name"])]
     if changed:
         text = "\n".join(f"  {line}" for line in changed)
         raise BdmError(
