@@ -1,10 +1,11 @@
 """The noise loss, the taps on a U-Net's timestep blocks, and the distillation losses that methods share."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from bdm_cli.errors import BdmError
 from bdm_cli.quant.swap import Block
@@ -56,22 +57,42 @@ def features_of(unet: nn.Module, blocks: Sequence[Block], batch: tuple) -> list[
         taps.remove()
 
 
-def components(channels: int, k: float) -> int:
-    """round(c / K) of BinaryDM's Sec. 3.3, halves away from zero."""
-    return int(channels / k + 0.5)
+Axis = Literal["channels", "width"]
+"""What a feature's principal components are taken over: the paper's channels, or the released code's image columns."""
 
 
-def principal_basis(feature: Tensor, rank: int) -> Tensor:
+def components(size: int, k: float, axis: Axis = "channels") -> int:
+    """round(c / K) of BinaryDM's Sec. 3.3, halves away from zero; of a width max(2, floor(W / K)) (released code)."""
+    return int(size / k + 0.5) if axis == "channels" else min(size, max(2, int(size / k)))
+
+
+def _rows(feature: Tensor, axis: Axis) -> Tensor:
+    """A feature [N, C, H, W] with the axis in question last; the others are its rows."""
+    return feature.permute(0, 2, 3, 1) if axis == "channels" else feature
+
+
+def principal_basis(feature: Tensor, rank: int, axis: Axis = "channels") -> Tensor:
     """The first `rank` eigenvectors of the channels' second-moment matrix (BinaryDM, Eqs. 11-12), [C, rank].
 
     C = E^T E / (N h w) with the feature's positions as rows and channels as columns. Eq. 11 prints the other order,
     which would not be c x c as its text says, and no centring. Computed in float64. The sign of each vector is fixed
     (its largest entry is positive); the loss does not depend on it.
 
+    axis 'width': as in the released code, rows of W numbers, one for each image, channel and line, and their
+    covariance, [W, rank]. (There by a randomised method in two iterations, here exactly.)
+    The processes of a distributed launch find one basis, from the features of all.
+
     Shapes: feature [N, C, H, W].
     """
-    rows = feature.detach().permute(0, 2, 3, 1).flatten(0, 2).double()
-    _, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))  # ascending
+    rows = _rows(feature.detach(), axis).flatten(0, 2).double()
+    products, total, n = rows.T @ rows, rows.sum(0), rows.new_tensor(float(len(rows)))
+    if distributed.is_available() and distributed.is_initialized():
+        for part in (products, total, n):
+            distributed.all_reduce(part)
+    moments = products / n
+    if axis == "width":
+        moments -= torch.outer(total, total) / n**2
+    _, vectors = torch.linalg.eigh(moments)  # ascending
     basis = vectors.flip(-1)[:, :rank]
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
     return (basis * largest.sign()).float()
@@ -81,28 +102,32 @@ class LowRankMimicking(nn.Module):
     """L_LRM (BinaryDM, Eqs. 13-15): mean over blocks of the MSE between teacher and student in the teacher's subspace.
 
     L_i = mean((F_fp E_i - F_bi E_i)^2), with E_i the block's principal basis. Eq. 14 prints an unsquared norm and calls
-    it a mean squared error, which is taken here.
+    it a mean squared error, which is taken here. Of the 'width', the features are projected uncentred, too.
 
-    State: basis_<i> (buffers) [C_i, round(C_i / K)], zeros until fit_.
-    Raises: ValueError if round(C_i / K) is 0 for a block.
+    sizes: of each block's axis. State: basis_<i> (buffers) [C_i, components], zeros until fit_.
+    Raises: ValueError if no component is left for a block.
     """
 
-    def __init__(self, channels: Sequence[int], k: float) -> None:
+    def __init__(self, sizes: Sequence[int], k: float, axis: Axis = "channels") -> None:
         super().__init__()
-        for index, c in enumerate(channels):
-            if components(c, k) < 1:
-                raise ValueError(f"K = {k} leaves no component of the {c} channels of block {index}")
-            self.register_buffer(f"basis_{index}", torch.zeros(c, components(c, k)))
+        self.axis: Axis = axis
+        for index, size in enumerate(sizes):
+            if components(size, k, axis) < 1:
+                raise ValueError(f"K = {k} leaves no component of the {size} channels of block {index}")
+            self.register_buffer(f"basis_{index}", torch.zeros(size, components(size, k, axis)))
 
     @classmethod
     @torch.no_grad()
-    def of(cls, teacher: nn.Module, blocks: Sequence[Block], batch: tuple, k: float) -> "LowRankMimicking":
+    def of(
+        cls, teacher: nn.Module, blocks: Sequence[Block], batch: tuple, k: float, axis: Axis = "channels"
+    ) -> "LowRankMimicking":
         """Fitted to the teacher's features of one batch. Raises: BdmError if K (`method.lrm_k`) is too large."""
         features = features_of(teacher, blocks, batch)
+        sizes = [_rows(feature, axis).shape[-1] for feature in features]
         try:
-            found = cls([f.shape[1] for f in features], k)
+            found = cls(sizes, k, axis)
         except ValueError as error:
-            most = 2 * min(f.shape[1] for f in features)
+            most = 2 * min(sizes)
             raise BdmError(f"method.lrm_k: {error}.\n  at most {most} here, twice the narrowest block") from None
         found.to(features[0].device).fit_(features)
         return found
@@ -112,12 +137,12 @@ class LowRankMimicking(nn.Module):
         """Set the bases from the teacher's features of one batch."""
         for index, feature in enumerate(features_fp):
             basis = getattr(self, f"basis_{index}")
-            basis.copy_(principal_basis(feature, basis.shape[1]))
+            basis.copy_(principal_basis(feature, basis.shape[1], self.axis))
 
     def forward(self, features_fp: Sequence[Tensor], features_bi: Sequence[Tensor]) -> Tensor:
         losses = []
         for index, (fp, bi) in enumerate(zip(features_fp, features_bi, strict=True)):
-            difference = (fp - bi).permute(0, 2, 3, 1)  # the projection is linear: project the difference
+            difference = _rows(fp - bi, self.axis)  # the projection is linear: project the difference
             losses.append((difference @ getattr(self, f"basis_{index}")).square().mean())
         return torch.stack(losses).mean()
 

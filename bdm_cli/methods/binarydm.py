@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bdm_cli.diffusion.losses import LowRankMimicking, mimicking_mse
+from bdm_cli.diffusion.losses import Axis, LowRankMimicking, mimicking_mse
 from bdm_cli.methods.base import Forward, Keeper, Layer, Method, closed
 from bdm_cli.quant.quantizers import EbbWeight, Quantizer
 from bdm_cli.quant.swap import Block, Site, quantized_layers, timestep_blocks
@@ -78,12 +78,14 @@ class BinaryDM(Ebb):
     lrm_k: K, the reduction of a block's channels c to round(c / K) components.
     lrm_lambda: lambda. It is relative to the scale of the teacher's features: it does not carry over between networks.
     lrm_update: recompute the projection from the current batch every so many steps; 0 = never, as in the paper.
+    lrm_axis: over which the components are taken: 'channels', or 'width' (released code; see principal_basis).
     distillation: 'lrm', or 'mse' for the ablation without projection (Tables 13-14).
     """
 
     lrm_k: Annotated[float, Field(ge=1)] = 4
     lrm_lambda: Annotated[float, Field(ge=0)] = 1e-4
     lrm_update: Annotated[int, Field(ge=0)] = 0
+    lrm_axis: Axis = "channels"
     distillation: Literal["lrm", "mse"] = "lrm"
 
     def taps(self, unet: nn.Module) -> list[Block]:
@@ -96,7 +98,7 @@ class BinaryDM(Ebb):
         batch = next(iter(batches))
         super().calibrate_(student, teacher, [batch])
         if self.distillation == "lrm":
-            self.state.projection = LowRankMimicking.of(teacher, self.taps(teacher), batch, self.lrm_k)
+            self.state.projection = LowRankMimicking.of(teacher, self.taps(teacher), batch, self.lrm_k, self.lrm_axis)
 
     def losses(self, forward: Forward) -> dict[str, Tensor]:
         if self.distillation == "mse":

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bdm_cli.diffusion.losses import LowRankMimicking
+from bdm_cli.diffusion.losses import Axis, LowRankMimicking
 from bdm_cli.methods.base import Forward, Keeper, Layer, Method, closed
 from bdm_cli.quant.layers import QuantConv2d, QuantLinear
 from bdm_cli.quant.quantizers import EbbWeight, Quantizer
@@ -42,7 +42,7 @@ class Lmb(Method):
 
     ebb_scope: LMB is on the first and the last `ebb_scope` timestep blocks (where the feature map's side is at least
         half the input's: six on LDM-4).
-    lrm_k, lrm_lambda: as BinaryDM's; fitted once, on the first batch.
+    lrm_k, lrm_lambda, lrm_axis: as BinaryDM's; fitted once, on the first batch. The released code has lrm_axis 'width'.
     progressive: 'paper': the mid block at iteration 0, the two blocks i away from it at iteration i * interval.
         'released': five groups, the mid block at iteration 0, then a quarter of the way to both ends each `interval`
         (LDM-4: blocks 9-11 and 13-15 first). 'none': everything from the start.
@@ -52,6 +52,7 @@ class Lmb(Method):
     ebb_scope: Annotated[int, Field(ge=0)] = 6
     lrm_k: Annotated[float, Field(ge=1)] = 4
     lrm_lambda: Annotated[float, Field(ge=0)] = 1e-4
+    lrm_axis: Axis = "channels"
     progressive: Literal["paper", "released", "none"] = "paper"
     interval: Annotated[int, Field(ge=1)] = 1
 
@@ -90,7 +91,7 @@ class Lmb(Method):
         super().calibrate_(student, teacher, [batch])
         for layer in waiting:
             layer.weight_is_real = layer.input_is_real = True
-        self.state.projection = LowRankMimicking.of(teacher, self.taps(teacher), batch, self.lrm_k)
+        self.state.projection = LowRankMimicking.of(teacher, self.taps(teacher), batch, self.lrm_k, self.lrm_axis)
 
     def losses(self, forward: Forward) -> dict[str, Tensor]:
         return {"lrm": self.lrm_lambda * self.state.projection(forward.features_fp, forward.features_bi)}

@@ -1,7 +1,10 @@
 """BinaryDM's parts: the transition of EBB, L_EBB, the scope, and low-rank mimicking against NumPy."""
 
 import copy
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -312,6 +315,59 @@ def test_low_rank_mimicking_is_the_mse_after_projection(k: int):
     value.backward()
     for feature, gradient in zip(bi, gradients, strict=True):
         np.testing.assert_allclose(feature.grad.numpy(), gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "rank"), [(16, 4), (8, 2), (4, 2), (1, 1)])
+def test_over_the_width_as_in_the_released_code(width: int, rank: int):
+    """Centred: the axis of the mean is no component if nothing varies along it. Projected as they are."""
+    fp = correlated(2, width, 6, seed=width).transpose(1, 3)
+    bi = torch.randn(fp.shape, generator=torch.Generator().manual_seed(5))
+    mimicking = LowRankMimicking([width], 4, "width")
+    mimicking.fit_([fp])
+    assert mimicking.basis_0.shape == (width, rank)
+    rows = fp.double().numpy().reshape(-1, width)
+    e = np.linalg.svd(rows - rows.mean(0))[2][:rank].T
+    ours = mimicking.basis_0.double().numpy()
+    np.testing.assert_allclose(ours @ ours.T, e @ e.T, atol=1e-4)
+    expected = (((fp - bi).double().numpy().reshape(-1, width) @ e) ** 2).mean()
+    assert mimicking([fp], [bi]).item() == pytest.approx(expected, rel=1e-4)
+    if width == 16:
+        shifted = fp.clone()
+        shifted[..., 3] += 100.0
+        np.testing.assert_allclose(principal_basis(shifted, rank, "width"), mimicking.basis_0, atol=1e-3)
+
+
+def test_the_width_is_a_value_of_the_recipe(build: Callable[..., Built]):
+    teacher, _, method = build("method.lrm_axis=width")
+    widths = [feature.shape[3] for feature in features_of(teacher, timestep_blocks(teacher), batch())]
+    shapes = [tuple(basis.shape) for basis in method.state.projection.buffers()]
+    assert shapes == [(width, max(2, width // 4)) for width in widths]
+
+
+TWO_PROCESSES = """
+import sys, torch, torch.distributed as distributed
+from bdm_cli.diffusion.losses import principal_basis
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+feature = torch.load(sys.argv[1], weights_only=True)
+own = feature[:1] if rank == 0 else feature[1:]
+bases = {axis: principal_basis(own, 2, axis) for axis in ("channels", "width")}
+torch.save(bases, f"{sys.argv[1]}.{rank}")
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo for two processes on CPU")
+def test_processes_find_one_basis_from_the_features_of_all(tmp_path: Path):
+    feature = correlated(4, 6, 8)
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    torch.save(feature, tmp_path / "feature")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*launch, str(tmp_path / "two.py"), str(tmp_path / "feature")]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"feature.{rank}", weights_only=True)
+        for axis in ("channels", "width"):
+            torch.testing.assert_close(found[axis], principal_basis(feature, 2, axis))
 
 
 def test_mse_and_full_rank_mimicking_are_equal():
