@@ -27,14 +27,25 @@ class BinaryConvolution(Threshold):
     that stride. How that one starts is not stated: at torch's default here, a draw, as a plain convolution does.
 
     learned: whether the filter is, or is the fixed box. filter_bias: K has a bias, drawn from U(-1/k, 1/k).
-    absolute: |gamma|, else gamma.
+    absolute: |gamma|, else gamma. gamma: where it starts; None: there is no shortcut. thresholds: whether there is b.
+    All of these off, it is XNOR-Net's K around the product.
     Shapes: x [N, C, H, W], z and y [N, K, H', W']; of linears (as 1x1 convolutions) [N, ..., C] and [N, ..., K].
-    State: threshold [C, 1, 1], gamma [1] (parameters), filter [1, 1, k, k] (parameter; buffer if fixed); where there
-    are any: filter_bias [1], projection [K, C, 1, 1] (parameters). Of linears without the last two axes.
+    State: filter [1, 1, k, k] (parameter; buffer if fixed); where there are any: threshold [C, 1, 1], gamma [1],
+    filter_bias [1], projection [K, C, 1, 1] (parameters). Of linears without the last two axes.
     """
 
-    def __init__(self, layer: Layer, learned: bool, filter_bias: bool, absolute: bool, gamma: float) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        learned: bool,
+        filter_bias: bool,
+        absolute: bool,
+        gamma: float | None,
+        thresholds: bool = True,
+    ) -> None:
         super().__init__(layer)
+        if not thresholds:
+            self.threshold = None
         outputs, inputs, *kernel = layer.weight.shape
         self.place = (layer.stride, layer.padding, layer.dilation) if kernel else None
         self.absolute, taps = absolute, math.prod(kernel)
@@ -45,15 +56,21 @@ class BinaryConvolution(Threshold):
             self.register_buffer("filter", box)
         bound = taps**-0.5
         self.filter_bias = nn.Parameter(torch.empty(1).uniform_(-bound, bound)) if filter_bias else None
-        self.gamma = nn.Parameter(torch.full((1,), gamma))
+        self.gamma = None if gamma is None else nn.Parameter(torch.full((1,), gamma))
         self.projection = None
-        if inputs != outputs:
+        if gamma is not None and inputs != outputs:
             self.projection = nn.Parameter(torch.empty(outputs, inputs, *[1] * len(kernel)))
             nn.init.kaiming_uniform_(self.projection, a=5**0.5)
 
+    def before(self, x: Tensor) -> Tensor:
+        return x if self.threshold is None else super().before(x)
+
     def after(self, x: Tensor, product: Tensor, bias: Tensor | None) -> Tensor:
+        y = with_bias(product * self.scales(x), bias)
+        if self.gamma is None:
+            return y
         gamma = self.gamma.abs() if self.absolute else self.gamma
-        return with_bias(product * self.scales(x), bias) + gamma * self.shortcut(x, product)
+        return y + gamma * self.shortcut(x, product)
 
     def scales(self, x: Tensor) -> Tensor:
         """K: [N, 1, H', W'], of linears [N, ..., 1]."""
@@ -73,7 +90,11 @@ class BinaryConvolution(Threshold):
         """Multiply-accumulates count once. Threshold and mean |x|; K; its product and the shortcut's."""
         conv = self.place is not None
         places = written.numel() // written[1 if conv else -1]
-        found = 2 * read.numel() + self.filter.numel() * places + 2 * written.numel()
+        found = read.numel() + self.filter.numel() * places + written.numel()
+        found += 0 if self.threshold is None else read.numel()
+        if self.gamma is None:
+            return found
+        found += written.numel()
         if self.projection is not None:
             return found + self.projection[0].numel() * written.numel()
         return found + (read.numel() if conv and read[2:] != written[2:] else 0)
@@ -156,9 +177,9 @@ def _connected(block: nn.Module, inputs: tuple, result: Tensor | tuple[Tensor, .
 class BiDm(Method):
     """BiDM (NeurIPS 2024, arXiv:2412.05926): L = L_simple + lambda L_SPD on a network of 1-bit layers with TBS.
 
-    Weights: mean|w| sgn(w) per output channel, the mean not learned (Eq. 9 and the released code; Sec. 3.1 calls it
-    learned). Activations: sgn(x + b), b per channel, with Bi-Real's estimator. Convolutions stand in a
-    BinaryConvolution. Linear layers have the threshold alone. The last timestep blocks have a Connection.
+    Weights: mean|w| sgn(w) per output channel, the mean not learned (Eq. 9 and the released code). Activations:
+    sgn(x + b), b per channel, with Bi-Real's estimator. Convolutions stand in a BinaryConvolution. Linear layers have
+    the threshold alone. The last timestep blocks have a Connection.
     Training: before each step, what is kept is dropped and the student is called without gradients at t + 1 (at most
     T - 1) on the same images with the same noise; the step's own call mixes with that. So training mixes over one
     timestep, sampling over the sampler's stride. Dropout, if any, draws anew in each of the two.
@@ -167,7 +188,12 @@ class BiDm(Method):
     |gamma| can never leave 0 (gradient 0): a slip, not repeated here. Nor do filters go back to 1 / k^2 at loading.
 
     edge_bits: edges are in fp32, as in the released code. real_skips: so are the ResBlocks' skip convolutions.
+    weight_scale: 'analytic', mean|w|; 'learned', from there on (Sec. 3.1): the baseline's binarizer.
     bias: binary layers keep their biases, added to the scaled product (released code: no).
+    threshold: whether there is b; without, activations are sgn(x). estimator: of their gradient, Bi-Real's
+        'polynomial' or the 'clipped' straight-through one. shortcut: whether there is gamma u. With threshold and
+        shortcut off, 'clipped', filter 'box', no connections and no distillation it is the paper's "vanilla" row, which
+        is its XNOR row (unverified: that the paper's ablation took all of these away).
     filter: 'learned', or the fixed 'box' of XNOR-Net (ablation).
     filter_bias: 'none', K = A * k as printed; 'uniform', a learned one that starts as a torch convolution's (released
         code).
@@ -188,7 +214,11 @@ class BiDm(Method):
     activation_bits: Literal[1] = 1
     edge_bits: Bits = 32
     real_skips: bool = True
+    weight_scale: Literal["analytic", "learned"] = "analytic"
     bias: bool = False
+    threshold: bool = True
+    estimator: Literal["polynomial", "clipped"] = "polynomial"
+    shortcut: bool = True
     filter: Literal["learned", "box"] = "learned"
     filter_bias: Literal["none", "uniform"] = "none"
     gamma: Literal["absolute", "signed"] = "absolute"
@@ -204,7 +234,12 @@ class BiDm(Method):
 
     def check(self, steps: int) -> list[str]:
         found = super().check(steps)
-        if self.gamma == "absolute" and self.gamma_start == 0:
+        if self.linear_threshold == "surrogate" and (not self.threshold or self.estimator != "polynomial"):
+            found.append(
+                "linear_threshold: 'surrogate' is a threshold in the polynomial estimator; it needs threshold = true "
+                "and estimator = 'polynomial'"
+            )
+        if self.shortcut and self.gamma == "absolute" and self.gamma_start == 0:
             found.append("gamma_start: |gamma| never leaves 0 (given 0); give another start, or gamma = 'signed'")
         return found
 
@@ -212,20 +247,24 @@ class BiDm(Method):
         return site.edge or self.bias
 
     def weight_quantizer(self, layer: Layer, site: Site) -> Quantizer:
-        return super().weight_quantizer(layer, site) if site.edge else MeanSignWeight()
+        learned = site.edge or self.weight_scale == "learned"
+        return super().weight_quantizer(layer, site) if learned else MeanSignWeight()
 
     def activation_quantizer(self, layer: Layer, site: Site) -> Quantizer:
         if site.edge:
             return super().activation_quantizer(layer, site)
-        return SurrogateThreshold(layer.in_features) if self._surrogate(layer, site) else SignActivation(sign_poly_ste)
+        if self._surrogate(layer, site):
+            return SurrogateThreshold(layer.in_features)
+        return SignActivation(sign_poly_ste if self.estimator == "polynomial" else sign_ste)
 
     def frame(self, layer: Layer, site: Site) -> Frame | None:
         if site.edge or self._surrogate(layer, site):
             return None
         if isinstance(layer, nn.Linear) and not (site.projection and self.attention == "conv2d"):
-            return Threshold(layer)
+            return Threshold(layer) if self.threshold else None
         learned, biased = self.filter == "learned", self.filter_bias == "uniform"
-        return BinaryConvolution(layer, learned, biased, self.gamma == "absolute", self.gamma_start)
+        gamma = self.gamma_start if self.shortcut else None
+        return BinaryConvolution(layer, learned, biased, self.gamma == "absolute", gamma, self.threshold)
 
     def _surrogate(self, layer: Layer, site: Site) -> bool:
         plain = isinstance(layer, nn.Linear) and not site.projection

@@ -89,10 +89,11 @@ class Xnor(Method):
 
     edge_bits: 32, as in BiDM's released code (the base's default is 8).
     scale: K, see InputScale.
-        'map': the paper's, A = mean |I| over channels, K = A * k with a fixed box filter k, as in Eq. 9. Of linears
-            mean |x| per row, as BiBench's; the linears of BiDM's released code have no K.
+        'map': the paper's, A = mean |I| over channels, K = A * k with a fixed box filter k, as in Eq. 9.
         'sample': BiBench's (arXiv:2301.11233, its released code): mean |x| of each image.
         'none': K = 1, XNOR-Net's official code.
+    linear_scale: K of linears (attention projections, time embedding), where convolutions have one: mean |x| per 'row',
+        as BiBench's, or 'none', as the linears and the 1-d convolutions of BiDM's released code.
     gradient: whether it flows into the input through the K of 'map'. 'through' is Eq. 9 as it stands, and what BiDM's
         learned filter does; 'detached' as in BiBench. Unverified: what XNOR-Net's paper did.
     weights: their gradient and what is done to them.
@@ -114,6 +115,7 @@ class Xnor(Method):
     edge_bits: Bits = 32
     attention_matmul: Literal[False] = False
     scale: Literal["map", "sample", "none"] = "map"
+    linear_scale: Literal["row", "none"] = "row"
     gradient: Literal["through", "detached"] = "through"
     weights: Literal["analytic", "official"] = "analytic"
     bias: bool = False
@@ -127,7 +129,8 @@ class Xnor(Method):
         return super().activation_quantizer(layer, site) if site.edge else SignActivation()
 
     def frame(self, layer: Layer, site: Site) -> Frame | None:
-        if site.edge or self.scale == "none":
+        plain = self.scale == "none" or (isinstance(layer, nn.Linear) and self.linear_scale == "none")
+        if site.edge or plain:
             return None
         return InputScale(layer, self.scale, self.gradient == "detached")
 

@@ -21,8 +21,8 @@ from bdm_cli.methods.base import Batch, Forward
 from bdm_cli.methods.bidm import BiDm, BinaryConvolution, Connection, SurrogateThreshold
 from bdm_cli.quant.frames import Threshold
 from bdm_cli.quant.layers import Parts, QuantConv2d, QuantLinear
-from bdm_cli.quant.quantizers import Lsq, MeanSignWeight, SignActivation
-from bdm_cli.quant.ste import sign_poly_ste
+from bdm_cli.quant.quantizers import Lsq, MeanSignWeight, SignActivation, SignWeight
+from bdm_cli.quant.ste import sign_poly_ste, sign_ste
 from bdm_cli.quant.swap import begin_trajectory_, quantized_layers, timestep_blocks
 from bdm_cli.recipe import Recipe
 from bdm_cli.student import Built
@@ -321,6 +321,30 @@ def test_layers_by_site(build: Callable[..., Built]):
         ("filter=box", lambda r: all("filter" in dict(m.frame.named_buffers()) for m in r["conv"].values())),
         ("filter_bias=uniform", lambda r: all(m.frame.filter_bias is not None for m in r["conv"].values())),
         ("gamma_start=0.5", lambda r: {m.frame.gamma.item() for m in r["conv"].values()} == {0.5}),
+        (
+            "threshold=false",
+            lambda r: {m.frame.threshold for m in r["conv"].values()} == {None}
+            and {m.frame for role in ("linear", "projection") for m in r[role].values()} == {None},
+        ),
+        (
+            "shortcut=false",
+            lambda r: {(m.frame.gamma, m.frame.projection) for m in r["conv"].values()} == {(None, None)},
+        ),
+        (
+            "estimator=clipped",
+            lambda r: all(
+                m.activation_quantizer.estimator is sign_ste
+                for role in ("conv", "linear", "projection") for m in r[role].values()
+            ),
+        ),
+        (
+            "weight_scale=learned",
+            lambda r: all(
+                type(m.weight_quantizer) is SignWeight
+                and torch.allclose(m.weight_quantizer.sigma.flatten(), m.weight.abs().flatten(1).mean(1))
+                for role in ("conv", "linear", "projection") for m in r[role].values()
+            ),
+        ),
     ],
 )  # fmt: skip
 def test_fields_that_change_layers(build: Callable[..., Built], override: str, check: Callable[[dict], bool]):
@@ -330,6 +354,37 @@ def test_fields_that_change_layers(build: Callable[..., Built], override: str, c
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
     built.method.calibrate_(built.student, built.teacher, iter([(x, t)]))
     assert estimate_noise(built.student, x, t).isfinite().all()
+
+
+BARE = ("threshold=false", "shortcut=false", "estimator=clipped", "filter=box", "connections=0", "distillation=none")
+"""What leaves nothing of BiDM."""
+
+
+def test_with_everything_off_it_is_xnor(build: Callable[..., Built], tiny_recipe: TinyRecipe):
+    """The paper's "vanilla" is its XNOR row: one estimate and its gradients, in float64 (a box is a sum there, or a
+    mean)."""
+    x, t = torch.randn(2, 1, 8, 8).double(), torch.tensor([3, 700])
+    shared = ("method.activation_bits=1", "method.edge_bits=32", "method.real_skips=true")
+    spec = tiny_recipe(*shared, "method.linear_scale=none", method="xnor")
+    found = []
+    for built in (build(*(f"method.{each}" for each in BARE)), student.build(spec, 0)):
+        estimate = estimate_noise(built.student.double(), x, t)
+        estimate.square().mean().backward()
+        found.append((estimate, {name: p.grad for name, p in built.student.named_parameters()}))
+    (ours, gradients), (xnors, expected) = found
+    torch.testing.assert_close(ours, xnors)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, msg=name)
+    assert not estimate_noise(build().student.double(), x, t).allclose(ours, rtol=0.1)
+
+
+def test_what_is_off_costs_nothing():
+    conv, x = nn.Conv2d(4, 6, 3, padding=1), torch.Size((1, 4, 8, 8))
+    bare = BinaryConvolution(conv, False, False, True, None, thresholds=False)
+    assert set(bare.state_dict()) == {"filter"}
+    assert bare.operations(x, torch.Size((1, 6, 8, 8))) == 256 + 9 * 64 + 384
+    assert bare.stored() == 9
 
 
 def test_the_code_for_cifar(build: Callable[..., Built]):
@@ -669,6 +724,8 @@ PACKED = {
     "default": (),
     "cifar": ("method.attention=conv2d", "method.gamma=signed", "method.connections=2"),
     "released": ("method.linear_threshold=surrogate", "method.filter_bias=uniform"),
+    "bare": tuple(f"method.{each}" for each in BARE),
+    "learned": ("method.weight_scale=learned", "method.estimator=clipped"),
     "others": ("method.filter=box", "method.bias=true", "method.edge_bits=8", "method.real_skips=false"),
 }
 
@@ -718,6 +775,9 @@ def test_the_defaults():
     assert (method.activation_bits, method.edge_bits, method.real_skips, method.bias) == (1, 32, True, False)
     assert (method.filter, method.filter_bias, method.gamma, method.gamma_start) == ("learned", "none", "absolute", 0.3)
     assert (method.attention, method.linear_threshold) == ("conv1d", "applied")
+    assert (method.weight_scale, method.threshold, method.estimator, method.shortcut) == (
+        "analytic", True, "polynomial", True
+    )  # fmt: skip
     assert (method.connections, method.alpha_start, method.alpha_rows) == (8, 0.3, 100)
     assert (method.distillation, method.spd_patches, method.spd_lambda) == ("spd", 4, 1e-2)
 
@@ -731,11 +791,18 @@ def test_the_defaults():
         ("connections=-1", r"method.connections: .*greater than or equal to 0"),
         ("spd_patches=0", r"method.spd_patches"),
         ("gamma_start=0", r"method.gamma_start: \|gamma\| never leaves 0 \(given 0\)"),
+        ("weight_scale=fixed", r"method.weight_scale: .*'analytic' or 'learned'"),
     ],
 )
 def test_faulty_fields(tiny_recipe: TinyRecipe, field: str, text: str):
     with pytest.raises(BdmError, match=text):
         methods.build(spec_of(tiny_recipe, f"method.{field}"))
+
+
+@pytest.mark.parametrize("other", ["threshold=false", "estimator=clipped"])
+def test_a_surrogate_needs_what_it_stands_for(tiny_recipe: TinyRecipe, other: str):
+    with pytest.raises(BdmError, match=r"method.linear_threshold: 'surrogate' .* needs threshold = true and"):
+        methods.build(spec_of(tiny_recipe, "method.linear_threshold=surrogate", f"method.{other}"))
 
 
 def test_the_networks_of_the_papers(tiny_recipe: TinyRecipe):
