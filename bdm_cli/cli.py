@@ -510,7 +510,9 @@ def _bits_list(text: str) -> list[int]:
 
 @app.command()
 def report(
-    table: Annotated[str | None, typer.Option("--table", "-t", help="Print this table: 1..16, P1, P2, B4.")] = None,
+    table: Annotated[
+        str | None, typer.Option("--table", "-t", help="Print this table: 1..16, P1, P2, B4, BA, BC.")
+    ] = None,
     form: Form = Format.table,
 ) -> None:
     """Lay our records beside the paper's tables: results/tables/ and results/report.html.

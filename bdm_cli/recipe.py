@@ -211,7 +211,7 @@ class Training(Section):
     ema: Fraction = 0.9999
     loss: Literal["mse", "mse-sum", "l1"] = "mse"
     drop_condition: Fraction = 0.0
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["no", "bf16"] = "no"
     threads: NonNegative = 0
     log_every: Positive = 10
     grid_every: NonNegative = 0

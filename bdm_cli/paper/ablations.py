@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bdm_cli.errors import BdmError
+from bdm_cli.errors import BdmError, unknown
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,22 @@ def _method(value: str) -> Variant:
     return Variant(value, method=value)
 
 
+def _bidm(value: str) -> Variant:
+    """k and SPD by themselves stand on the XNOR row, which is "vanilla"."""
+    bare = tuple(f"method.{off}" for off in ("threshold=false", "estimator=clipped", "shortcut=false", "connections=0"))
+    known = {
+        "vanilla": Variant("Vanilla", method="xnor"),
+        "k": Variant("Learnable k", overrides=(*bare, "method.distillation=none")),
+        "tbs": Variant("TBS", overrides=("method.distillation=none",)),
+        "spd": Variant("SPD", overrides=(*bare, "method.filter=box")),
+        "l2": Variant("TBS and L2", overrides=("method.distillation=l2",)),
+        "bidm": Variant("TBS and SPD (BiDM)"),
+    }
+    if value not in known:
+        raise unknown("part of BiDM", value, known)
+    return known[value]
+
+
 ABLATIONS = {
     "components": Ablation(
         "components", ("7", "4"), ("fp", "baseline", "ebb", "binarydm"), _component, "methods: fp,baseline,ebb,binarydm"
@@ -88,6 +104,20 @@ ABLATIONS = {
         ("fp", "baseline", "tdq", "reactnet", "qdm", "instabnn", "bidiffsr", "binarydm"),
         _method,
         "methods, on --recipe digits-ldm-w1a4",
+    ),
+    "bidm": Ablation(
+        "BiDM's parts",
+        ("BA",),
+        ("vanilla", "k", "tbs", "spd", "l2", "bidm"),
+        _bidm,
+        "vanilla,k,tbs,spd,l2,bidm, on --recipe digits-w1a1-bidm",
+    ),
+    "bidm-connections": Ablation(
+        "cross-timestep connections",
+        ("BC",),
+        ("0", "1", "2", "6"),
+        _key("method.connections", "bidm-connections"),
+        "connected blocks, on --recipe digits-w1a1-bidm",
     ),
     "tau": Ablation(
         "weight of L_EBB", ("11",), ("0", "9e-2", "9e-3", "9e-4"), _key("method.tau", "tau"), "tau of Eq. 9"

@@ -39,7 +39,7 @@ def test_one_row_per_method_in_the_tables_order(listed):
 
 def test_where_the_papers_have_it(quick):
     assert tuple(quick.loc["lsq", ["W/A in papers", "Tables"]]) == ("2/32 2/8 2/4", "1, 2, 5")
-    assert tuple(quick.loc["bidm", ["W/A in papers", "Tables"]]) == ("1/1", "P1, P2, B4")
+    assert tuple(quick.loc["bidm", ["W/A in papers", "Tables"]]) == ("1/1", "P1, P2, B4, BA, BC")
     assert tuple(quick.loc["reactnet", ["W/A in papers", "Tables"]]) == ("1/4 1/1", "2, P1, P2")
     assert tuple(quick.loc["lmb", ["W/A in papers", "Tables"]]) == ("", "")
     named = {table for places in quick["Tables"] for table in places.split(", ")} - {""}

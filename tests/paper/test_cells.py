@@ -14,7 +14,7 @@ import pytest
 
 DATA = Path(__file__).resolve().parents[2] / "bdm_cli" / "paper"
 HEADER = ["table", "row", "column", "recipe", "twin", "metric", "value"]
-TABLES = [str(n) for n in range(1, 17)] + ["P1", "P2", "B4"]
+TABLES = [str(n) for n in range(1, 17)] + ["P1", "P2", "B4", "BA", "BC"]
 DATASETS = "cifar10|bedrooms|churches|ffhq|imagenet"
 METHODS = (
     "baseline|ebb|highorder|lsq|qdiffusion|efficientdm|"
@@ -45,6 +45,8 @@ COUNTS = {
     "P1": 7 * 4,
     "P2": (9 + 7 + 7) * 4,
     "B4": 6,
+    "BA": 6,
+    "BC": 4,
 }
 
 BED = "LDM-4 | LSUN-Bedrooms 256x256 | "
@@ -130,6 +132,12 @@ SPOTS = [
     ("B4", "BiDM | 1/1", "Size (MB)", "37.3"),
     ("B4", "BiDM | 1/1", "FLOPs (1e9)", "0.38"),
     ("B4", "BiDM | 1/1", "OPs saving", "52.7"),
+    ("BA", "SPD | 1/1", "FID", "40.62"),
+    ("BA", "Learnable k | 1/1", "FID", "57.26"),
+    ("BA", "TBS and L2 | 1/1", "FID", "26.07"),
+    ("BC", "0 | 1/1", "FID", "30.24"),
+    ("BC", "1 | 1/1", "FID", "24.22"),
+    ("BC", "12 | 1/1", "FID", "23.25"),
 ]
 
 # (table, row, column) -> recipe, twin
@@ -148,7 +156,14 @@ RECIPES = [
     ("4", "+EBB | 1/32", "FID", "bedrooms-w1a32-ebb", "digits-w1a32-ebb"),
     ("5", "LDM-4 | LSQ | 2/4", "OPs (1e9)", "bedrooms-w2a4-lsq", ""),
     ("6", "LSUN-Churches | Q-Diffusion | 4/4", "Size (MB)", "churches-w4a4-qdiffusion", ""),
-    ("6", "LSUN-Churches | Q-Diffusion | 4/4", "FID", "", ""),
+    (
+        "6",
+        "LSUN-Churches | Q-Diffusion | 4/4",
+        "FID",
+        "churches-w4a4-qdiffusion",
+        "digits-ldm-w4a4-qdiffusion",
+    ),
+    ("6", "LSUN-Churches | BinaryDM | 1/4", "FID", "", ""),
     ("6", "LSUN-Bedrooms | BinaryDM | 1/4", "Time (h)", "", ""),
     ("7", "+LRM | 1/4", "FID", "bedrooms-w1a4", "digits-w1a4"),
     ("8", "+EBB | 1/32", "1e1", "bedrooms-w1a32-ebb", ""),
@@ -182,7 +197,7 @@ RECIPES = [
         "bedrooms-w1a32+method.transition=10000",
         "digits-w1a32+method.transition=0.05",
     ),
-    ("13", "L_MSE | 1/32", "1e1", "", ""),
+    ("13", "L_MSE | 1/32", "1e1", "bedrooms-w1a32+method.distillation=mse", ""),
     ("13", "L_LRM | 1/32", "1e1", "bedrooms-w1a32", ""),
     (
         "14",
@@ -195,7 +210,18 @@ RECIPES = [
     ("15", "0 (w/o LRM) | 1/32", "FID", "bedrooms-w1a32-ebb", "digits-w1a32-ebb"),
     ("16", "High-Order | 1/4", "Size (MB)", "bedrooms-w1a4-highorder", ""),
     ("P1", CIFAR + "XNOR++ | 1/1", "IS", "cifar10-w1a1-xnorpp", "digits-w1a1-xnorpp"),
+    ("P2", FFHQ + "FP | 32/32", "FID", "ffhq-fp+sample.steps=200", "digits-fp"),
     ("P2", FFHQ + "BiDM | 1/1", "FID", "ffhq-w1a1-bidm", "digits-w1a1-bidm"),
+    ("BA", "Vanilla | 1/1", "FID", "bedrooms-w1a1-xnor", "digits-w1a1-xnor"),
+    ("BA", "TBS and SPD (BiDM) | 1/1", "FID", "bedrooms-w1a1-bidm", "digits-w1a1-bidm"),
+    ("BC", "8 | 1/1", "FID", "bedrooms-w1a1-bidm", "digits-w1a1-bidm"),
+    (
+        "BC",
+        "12 | 1/1",
+        "FID",
+        "bedrooms-w1a1-bidm+method.connections=12",
+        "digits-w1a1-bidm+method.connections=6",
+    ),
 ]
 
 
@@ -232,7 +258,8 @@ def test_tables_are_well_formed(tables):
         if t["id"].startswith("P"):
             assert t["source"] == f"BiDM poster, NeurIPS 2024, Table {t['id'][1:]}"
         elif t["id"].startswith("B"):
-            assert t["source"].startswith(f"BiDM, arXiv:2412.05926, Table {t['id'][1:]}, as quoted")
+            where = f"Table {t['id'][1:]}" if t["id"][1:].isdigit() else "its ablations"
+            assert t["source"].startswith(f"BiDM, arXiv:2412.05926, {where}, as quoted")
         else:
             assert t["source"] == f"BinaryDM, arXiv:2404.05662, Table {t['id']}"
         names = [c["name"] for c in t["columns"]]

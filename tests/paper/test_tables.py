@@ -41,7 +41,7 @@ def missing(value):
 
 def test_every_table_mirrors_the_paper_without_records():
     specs = tables.specs()
-    assert len(specs) == 19
+    assert len(specs) == 21
     printed = tables.cells().groupby("table")["value"].count()
     for id, spec in specs.items():
         frame = tables.table(id, [])
@@ -249,5 +249,5 @@ def test_beside_takes_only_this_version_of_a_recipe():
 
 
 def test_unknown_table():
-    with pytest.raises(BdmError, match=r"unknown table '17'\. .*\n  known: 1, 10, 11, .*, B4, P1, P2"):
+    with pytest.raises(BdmError, match=r"unknown table '17'\. .*\n  known: 1, 10, 11, .*, B4, BA, BC, P1, P2"):
         tables.table("17", [])
