@@ -63,7 +63,8 @@ def _most(bits: int, low: int, zero: int | Tensor) -> int:
 class Quantizer(nn.Module):
     """A tensor to a tensor of the same shape that takes at most 2^bits values (per channel).
 
-    The same function in train and eval. If it needs data before its first use, it gets them through calibrate_(x).
+    The same function in train and eval (TDQ: but for the dropout of its step sizes). If it needs data before its first
+    use, it gets them through calibrate_(x).
     `terms` (of weights) and `grid` (of activations) say the same function in whole numbers, for exact sums and packing.
     """
 
