@@ -1,6 +1,6 @@
 """BI-DiffSR (arXiv:2406.05723, zhengchen1999/BI-DiffSR): thresholds and activations by groups of timesteps."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -80,6 +80,7 @@ class BiDiffSr(MeanSignMethod):
     time embedding are real; the rows here share what is of 1 bit.
 
     groups: G, of the training schedule's T steps (paper: 5).
+    form: 'original', TaR, TaA and shortcuts; 'threshold': TaR alone, around convolutions as well.
 
     Left out: the original's own U-Net, with pixel-(un)shuffling CP-Down and CP-Up and channel-shuffling CS-Fusion in
     place of the convolutions that change the width. A pretrained network's weights do not fit it.
@@ -88,9 +89,10 @@ class BiDiffSr(MeanSignMethod):
     """
 
     groups: Annotated[int, Field(ge=1)] = 5
+    form: Literal["original", "threshold"] = "original"
 
     def frame(self, layer: Layer, site: Site) -> Frame | None:
         if site.edge:
             return None
-        kind = TimeUnit if isinstance(layer, nn.Conv2d) else TimeThreshold
+        kind = TimeUnit if isinstance(layer, nn.Conv2d) and self.form == "original" else TimeThreshold
         return kind(layer, self.groups, self.host.scheduler.n_timesteps)

@@ -121,6 +121,8 @@ class InstaBnn(MeanSignMethod):
         its E[X^3] is described as a combination of an image's mean, variance and skewness. The U-Net has no batch norm.
         'image' (over channels and positions) keeps all three of a channel, relative to the image's other channels;
         'channel' leaves the skewness alone, and 0 where there is one position (class conditions).
+    form: 'original', or 'threshold': thresholds alone, without shortcuts and PReLUs, around convolutions as well.
+        BinaryDM prints the baseline's size for this row, and its network comes pretrained: it may have taken no more.
     prelu: of convolutions, 'instance' or 'plain' (RPReLU).
 
     Left out: the "+" variant's squeeze-and-excitation block, and the reuse of statistics and the skipped layers that
@@ -129,6 +131,7 @@ class InstaBnn(MeanSignMethod):
     """
 
     normalized: Normalized = "image"
+    form: Literal["original", "threshold"] = "original"
     prelu: Literal["instance", "plain"] = "instance"
 
     def frame(self, layer: Layer, site: Site) -> Frame | None:
@@ -136,6 +139,6 @@ class InstaBnn(MeanSignMethod):
             return None
         if site.embedding:
             return Threshold(layer)
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d) and self.form == "original":
             return InstaUnit(layer, self.normalized, self.prelu)
         return InstaThreshold(layer, self.normalized)

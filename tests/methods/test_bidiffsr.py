@@ -141,8 +141,9 @@ def test_all_groups_are_stored_and_one_acts():
 
 
 @pytest.mark.parametrize("bits", [1, 4])
-def test_which_layer_gets_what(tiny_recipe: Callable[..., Recipe], bits: int):
-    spec = tiny_recipe(f"method.activation_bits={bits}", "method.groups=3", method="bidiffsr")
+@pytest.mark.parametrize("form", ["original", "threshold"])
+def test_which_layer_gets_what(tiny_recipe: Callable[..., Recipe], bits: int, form: str):
+    spec = tiny_recipe(f"method.activation_bits={bits}", "method.groups=3", f"method.form={form}", method="bidiffsr")
     unet = build_unet(spec.unet)
     had_bias = {name: module.bias is not None for name, module in unet.named_modules() if hasattr(module, "weight")}
     methods.build(spec).quantize_(unet)
@@ -153,12 +154,12 @@ def test_which_layer_gets_what(tiny_recipe: Callable[..., Recipe], bits: int):
             continue
         conv = isinstance(layer, nn.Conv2d)
         outputs, inputs = layer.weight.shape[:2]
-        assert type(layer.frame) is (TimeUnit if conv else TimeThreshold)
+        assert type(layer.frame) is (TimeUnit if conv and form == "original" else TimeThreshold)
         assert layer.frame.threshold.shape == ((3, inputs, 1, 1) if conv else (3, inputs))
         assert (layer.frame.groups, layer.frame.n_timesteps) == (3, 1000)
         assert type(layer.weight_quantizer) is MeanSignWeight
         assert type(layer.activation_quantizer) is (SignActivation if bits == 1 else Lsq)
-        if conv:
+        if conv and form == "original":
             assert layer.frame.carries == (inputs == outputs)
     assert (BiDiffSr().activation_bits, BiDiffSr().groups) == (4, 5)
 
@@ -183,7 +184,7 @@ def test_groups_are_at_least_one(tiny_recipe: Callable[..., Recipe]):
         methods.build(tiny_recipe("method.groups=0", method="bidiffsr"))
 
 
-@pytest.mark.parametrize("overrides", [(), ONE_BIT])
+@pytest.mark.parametrize("overrides", [(), ONE_BIT, ("method.form=threshold",)])
 def test_packed_students_draw_bit_for_bit_at_any_time(tiny_recipe: Callable[..., Recipe], overrides: tuple[str, ...]):
     spec = tiny_recipe(*overrides, method="bidiffsr")
     unet = students.finished(spec)

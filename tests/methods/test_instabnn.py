@@ -185,6 +185,14 @@ def test_which_layer_gets_what(tiny_recipe: Callable[..., Recipe], bits: int, pr
     assert kinds == {InstaUnit, InstaThreshold, Threshold}
 
 
+def test_thresholds_alone(tiny_recipe: Callable[..., Recipe]):
+    unet = build_unet(tiny_recipe().unet)
+    methods.build(tiny_recipe("method.form=threshold", method="instabnn")).quantize_(unet)
+    for name, layer in quantized_layers(unet):
+        if name not in EDGES:
+            assert type(layer.frame) is (Threshold if name.endswith("time_emb_proj") else InstaThreshold)
+
+
 def test_thresholds_differ_from_image_to_image(tiny_recipe: Callable[..., Recipe]):
     frame = InstaThreshold(nn.Conv2d(3, 3, 1), "image")
     frame.alpha.data.fill_(0.5)
@@ -197,13 +205,20 @@ def test_thresholds_differ_from_image_to_image(tiny_recipe: Callable[..., Recipe
 def test_the_defaults_and_faulty_fields(tiny_recipe: Callable[..., Recipe]):
     method = InstaBnn()
     assert (method.activation_bits, method.normalized, method.prelu) == (4, "image", "instance")
-    for field in ("normalized=batch", "prelu=none", "activation_bits=32"):
+    assert method.form == "original"
+    for field in ("normalized=batch", "form=bibench", "prelu=none", "activation_bits=32"):
         with pytest.raises(BdmError, match=rf"method\.{field.split('=')[0]}: "):
             methods.build(tiny_recipe(f"method.{field}", method="instabnn"))
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ONE_BIT, (*ONE_BIT, "method.normalized=channel", "method.prelu=plain", "method.real_skips=true")]
+    "overrides",
+    [
+        (),
+        ("method.form=threshold",),
+        ONE_BIT,
+        (*ONE_BIT, "method.normalized=channel", "method.prelu=plain", "method.real_skips=true"),
+    ],
 )
 def test_packed_students_draw_bit_for_bit(tiny_recipe: Callable[..., Recipe], overrides: tuple[str, ...]):
     spec = tiny_recipe(*overrides, method="instabnn")
