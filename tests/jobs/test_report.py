@@ -91,7 +91,7 @@ def test_every_table_as_markdown_and_csv(filled):
     folder = filled / "results" / "tables"
     ids = {*tables.specs(), "other"}
     assert {path.name for path in folder.iterdir()} == {f"table-{id}.{form}" for id in ids for form in ("md", "csv")}
-    assert len(ids) == 20
+    assert len(ids) == 22
     for id, spec in tables.specs().items():
         text = (folder / f"table-{id}.md").read_text(encoding="utf-8")
         assert text.startswith(f"# Table {id}. {spec.title}\n")
@@ -285,7 +285,7 @@ def test_nothing_measured_yet(home):
     assert "427.46" in found.text
     assert "Provenance" not in found.text
     assert not found.images()
-    assert len(list((home / "results" / "tables").glob("*.md"))) == 19
+    assert len(list((home / "results" / "tables").glob("*.md"))) == 21
 
 
 def test_a_started_run_without_a_log(home):
