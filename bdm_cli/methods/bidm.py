@@ -182,7 +182,7 @@ class BiDm(Method):
     the threshold alone. The last timestep blocks have a Connection.
     Training: before each step, what is kept is dropped and the student is called without gradients at t + 1 (at most
     T - 1) on the same images with the same noise; the step's own call mixes with that. So training mixes over one
-    timestep, sampling over the sampler's stride. Dropout, if any, draws anew in each of the two.
+    timestep, sampling over the sampler's stride (see connection_gap). Dropout, if any, draws anew in each of the two.
     The products of attentions stay real.
     The released LDM code zeroes gamma, the filter's bias and b in the second convolution of every ResBlock, where
     |gamma| can never leave 0 (gradient 0): a slip, not repeated here. Nor do filters go back to 1 / k^2 at loading.
@@ -205,6 +205,8 @@ class BiDm(Method):
         layer; 'surrogate', in the gradient alone (released code, see SurrogateThreshold).
     connections: the last so many timestep blocks are connected, of the up path at most (paper: 8, on CIFAR 2; the
         released CIFAR code mixes some attentions' outputs with another module's, which is not offered).
+    connection_gap: timesteps between the two calls of a training step. 1 in the released code, with which the paper
+        samples at strides of 5 and 10; the sampler's own stride (50 at 20 of 1000 steps) trains what sampling does.
     alpha_start, alpha_rows: of a Connection's table (0.3 and 100; CIFAR code: 0).
     distillation: 'spd'; 'l2', the mean squared difference of the same features (unverified: the paper's exact form);
         'none'. Features are the outputs of all timestep blocks, mixed where they are (CIFAR code: of eight modules).
@@ -226,6 +228,7 @@ class BiDm(Method):
     attention: Literal["conv1d", "conv2d"] = "conv1d"
     linear_threshold: Literal["applied", "surrogate"] = "applied"
     connections: Annotated[int, Field(ge=0)] = 8
+    connection_gap: Annotated[int, Field(ge=1)] = 1
     alpha_start: float = 0.3
     alpha_rows: Annotated[int, Field(ge=1)] = 100
     distillation: Literal["spd", "l2", "none"] = "spd"
@@ -286,7 +289,7 @@ class BiDm(Method):
         if not self.connections:
             return
         _, t, *context = batch.inputs
-        before = (t + 1).clamp(max=self.host.scheduler.n_timesteps - 1)
+        before = (t + self.connection_gap).clamp(max=self.host.scheduler.n_timesteps - 1)
         x = noise_scheduler(self.host.scheduler).add_noise(batch.clean, batch.noise, before)
         estimate_noise(student, x, before, *context)
 

@@ -625,11 +625,11 @@ def test_a_copy_feeds_itself(build: Callable[..., Built]):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tiny-w1a4", "tiny-cond"])
-def test_a_training_step_written_out(build: Callable[..., Built], tiny_recipe: TinyRecipe, name: str):
+@pytest.mark.parametrize(("name", "gap"), [("tiny-w1a4", 1), ("tiny-cond", 1), ("tiny-w1a4", 50)])
+def test_a_training_step_written_out(build: Callable[..., Built], tiny_recipe: TinyRecipe, name: str, gap: int):
     """Values and all gradients: the student at t + 1 (999 at most), same x_0 and noise, feeds the step's own call."""
     spec = spec_of(tiny_recipe, name=name)
-    _, unet, method = build(name=name)
+    _, unet, method = build(name=name) if gap == 1 else build(f"method.connection_gap={gap}", name=name)
     unlike_(unet)
     t = torch.tensor([999, 0, 419, 998])
     batch = noisy_batch(spec, t, (torch.tensor([0, 1, 2, 10]),) if spec.unet.n_classes else ())
@@ -649,7 +649,7 @@ def test_a_training_step_written_out(build: Callable[..., Built], tiny_recipe: T
     betas = np.linspace(spec.scheduler.beta_start, spec.scheduler.beta_end, 1000)
     if spec.scheduler.beta_schedule == "scaled_linear":
         betas = np.linspace(spec.scheduler.beta_start**0.5, spec.scheduler.beta_end**0.5, 1000) ** 2
-    later = torch.tensor([999, 1, 420, 999])
+    later = torch.tensor([999, gap, 419 + gap, 999])
     kept = torch.tensor(np.cumprod(1 - betas)[later]).float().view(4, 1, 1, 1)
     with torch.no_grad():
         x = kept.sqrt() * batch.clean + (1 - kept).sqrt() * batch.noise
@@ -778,7 +778,7 @@ def test_the_defaults():
     assert (method.weight_scale, method.threshold, method.estimator, method.shortcut) == (
         "analytic", True, "polynomial", True
     )  # fmt: skip
-    assert (method.connections, method.alpha_start, method.alpha_rows) == (8, 0.3, 100)
+    assert (method.connections, method.connection_gap, method.alpha_start, method.alpha_rows) == (8, 1, 0.3, 100)
     assert (method.distillation, method.spd_patches, method.spd_lambda) == ("spd", 4, 1e-2)
 
 
@@ -789,6 +789,7 @@ def test_the_defaults():
         ("attention_matmul=true", r"method.attention_matmul"),
         ("filter=mean", r"method.filter: .*'learned' or 'box'"),
         ("connections=-1", r"method.connections: .*greater than or equal to 0"),
+        ("connection_gap=0", r"method.connection_gap: .*greater than or equal to 1"),
         ("spd_patches=0", r"method.spd_patches"),
         ("gamma_start=0", r"method.gamma_start: \|gamma\| never leaves 0 \(given 0\)"),
         ("weight_scale=fixed", r"method.weight_scale: .*'analytic' or 'learned'"),
