@@ -102,11 +102,13 @@ def stored_recipe(run_id: str) -> Recipe:
     return recipe.from_json(path.read_text(), str(path))
 
 
-def existing(run_id: str) -> Path:
-    """The directory of a run that has finished weights. Raises: BdmError naming the finished runs."""
+TRAIN_FIRST = "train it first: bdm train --recipe ..."
+
+
+def existing(run_id: str, hint: str = TRAIN_FIRST) -> Path:
+    """The directory of a run that has finished weights. Raises: BdmError naming the finished runs, with the hint."""
     if not weights(run_id).exists():
         known = [p.parent.name for p in runs_dir().glob("*/weights.safetensors")]
-        hint = "train it first: bdm train --recipe ..."
         if run_dir(run_id).is_dir():
             hint = f"run '{run_id}' was started and has not finished: bdm train ... --resume"
         raise unknown("finished run", run_id, known, hint)
@@ -122,16 +124,22 @@ def target(
     """
     if (run_id is None) == (name is None):
         raise BdmError("give either --run ID or --recipe NAME (with --seed).\n  e.g. --recipe digits-w1a4 --seed 0")
-    like = plain = None
-    if name is not None:
-        like = recipe.load(name, overrides, method)
-        kind = like.method["name"]
-        trained = [text for text in overrides if recipe.of_training(text.partition("=")[0].strip(), kind)]
-        plain, overrides = recipe.load(name, trained, method), ()
-        run_id = like.run_id(seed)
-    existing(run_id)
-    stored = stored_recipe(run_id)
-    return recipe.of_run(stored, overrides, like, plain), run_id
+    if run_id is not None:
+        existing(run_id)
+        return recipe.of_run(stored_recipe(run_id), overrides), run_id
+    like = recipe.load(name, overrides, method)
+    keys = {text: text.partition("=")[0].strip() for text in overrides}
+    trained = [text for text, key in keys.items() if recipe.of_training(key, like.method["name"])]
+    plain, run_id = recipe.load(name, trained, method), like.run_id(seed)
+    drawn, hint = [text for text in trained if keys[text] in recipe.TRAJECTORY], TRAIN_FIRST
+    if drawn:
+        other = recipe.load(name, [text for text in trained if text not in drawn], method).run_id(seed)
+        hint = (
+            f"'{like.method['name']}' is trained for one way of sampling: train it with {' '.join(drawn)}, too;\n"
+            f"  or draw in this way from what was trained for another: --run {other} --set {' --set '.join(drawn)}"
+        )
+    existing(run_id, hint)
+    return recipe.of_run(stored_recipe(run_id), (), like, plain), run_id
 
 
 def claim(run_id: str) -> contextlib.AbstractContextManager[Path]:

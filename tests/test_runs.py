@@ -292,6 +292,22 @@ def test_runs_that_are_not_there():
             runs.target(run_id, name, None, [], 0)
 
 
+def test_a_way_of_sampling_that_nothing_was_trained_for():
+    """EfficientDM trains along the sampler's trajectories; --run draws in another way all the same."""
+    name = "digits-ldm-w4a4-efficientdm"
+    run_id = finished(recipe.load(name))
+    with pytest.raises(BdmError) as caught:
+        runs.target(None, name, None, ["sample.steps=10", "sample.n_images=5"], 0)
+    assert str(caught.value).endswith(
+        "'efficientdm' is trained for one way of sampling: train it with sample.steps=10, too;\n"
+        f"  or draw in this way from what was trained for another: --run {run_id} --set sample.steps=10"
+    )
+    spec, found = runs.target(run_id, None, None, ["sample.steps=10", "sample.n_images=5"], 0)
+    assert (found, spec.id) == (run_id, f"{name}+drawn.steps=10+sample.n_images=5")
+    spec, found = runs.target(None, name, None, ["sample.n_images=5"], 0)
+    assert (found, spec.id) == (run_id, f"{name}+sample.n_images=5")
+
+
 def test_a_recipe_copy_is_the_recipe():
     spec = recipe.load("digits-w1a4", ["method.tau=0.009", "sample.eta=0.5"])
     assert recipe.from_json(json.dumps(json.loads(spec.model_dump_json()))) == spec
