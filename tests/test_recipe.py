@@ -65,8 +65,8 @@ def test_recipes_of_one_data_set_share_network_data_and_teacher(name: str):
         spec = load(other)
         for section in ("data", "unet", "scheduler", "first_stage", "model", "sample", "evaluate", "pretrain"):
             found = getattr(spec, section)
-            if section == "sample" and "-w1a1-" in other:  # BiDM's latent rows have steps of their own
-                found = found.model_copy(update={"steps": base.sample.steps})
+            if section == "sample" and "-w1a1-" in other:  # sampled as BiDM samples
+                found = found.model_copy(update={"steps": base.sample.steps, "n_images": base.sample.n_images})
             assert found == getattr(base, section), f"{other}: {section}"
 
 
