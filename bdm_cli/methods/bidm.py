@@ -206,7 +206,8 @@ class BiDm(Method):
     connections: the last so many timestep blocks are connected, of the up path at most (paper: 8, on CIFAR 2; the
         released CIFAR code mixes some attentions' outputs with another module's, which is not offered).
     connection_gap: timesteps between the two calls of a training step. 1 in the released code, with which the paper
-        samples at strides of 5 and 10; the sampler's own stride (50 at 20 of 1000 steps) trains what sampling does.
+        samples at strides of 5 and 10. As the two calls share image and noise, they tell the noise between them, the
+        more the wider the gap, which no two calls of a sampler do (docs/digits.md).
     alpha_start, alpha_rows: of a Connection's table (0.3 and 100; CIFAR code: 0).
     distillation: 'spd'; 'l2', the mean squared difference of the same features (unverified: the paper's exact form);
         'none'. Features are the outputs of all timestep blocks, mixed where they are (CIFAR code: of eight modules).
