@@ -61,8 +61,17 @@ def provenance() -> dict:
         "commit": _commit(),
         "versions": {"bdm": __version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in LIBRARIES},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {processor()}",
     }
+
+
+def processor() -> str:
+    """The processor's name. How sums are rounded depends on it: of one seed, another processor makes another run."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -9,7 +9,6 @@ import importlib.util
 import itertools
 import math
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -153,7 +152,7 @@ def _layer(
     rows = []
     for a, base in itertools.product(bits, bases):
         row: dict[str, object] = {"shape": str(shape), "bits": a, "bases": base, "path": ops.path()}
-        row |= {"threads": torch.get_num_threads(), "rounds": rounds, "cpu": _cpu(), "macs": shape.macs}
+        row |= {"threads": torch.get_num_threads(), "rounds": rounds, "cpu": records.processor(), "macs": shape.macs}
         row["torch_uses"] = torch.backends.cpu.get_cpu_capability()
         for layout in ("last", "first"):
             name = f"{a} {base} {layout}"
@@ -344,7 +343,8 @@ def step(bits: int, rounds: int, threads: int | None, network: str = NETWORK) ->
         row["peak_mib"] = round(peaks[name].peak_mib) if name in peaks else None
         row["model_mib"] = round(peaks[name].peak_mib - peaks[""].peak_mib) if name in peaks else None
         rows.append(row)
-        told = {"network": spec.unet.name, "path": ops.path(), "threads": threads, "rounds": rounds, "cpu": _cpu()}
+        told = {"network": spec.unet.name, "path": ops.path(), "threads": threads, "rounds": rounds}
+        told["cpu"] = records.processor()
         shares = split.set_index("Part")["Share (%)"].to_dict() if name == "packed" else {}
         _append({"task": "step"} | row | told | ({"shares": shares} if shares else {}))
     names = {
@@ -417,15 +417,6 @@ def _spread(values: Sequence[float]) -> tuple[float, float]:
 def _geometric(values: Sequence[float | None]) -> float | None:
     real = [value for value in values if value]
     return round(math.exp(statistics.fmean(map(math.log, real))), 2) if len(real) == len(values) else None
-
-
-def _cpu() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _record(recipe: str, ratio: float) -> None:
