@@ -131,7 +131,7 @@ def test_from_a_file_to_a_teacher(name: str, home: Path, tmp_path: Path, bdm: Bd
     assert type(conditions.of_recipe(mine)) is type(conditions.of_recipe(spec))
 
     # diffusers' reading
-    network = getattr(diffusers, spec.unet.kind).from_pretrained(folder / "unet").eval()
+    network = getattr(diffusers, spec.unet.kind).from_pretrained(folder / "unet").eval().requires_grad_(False)
     x, t, *classes = inputs(spec)
     context = [state[EMBEDDING][classes[0]][:, None]] if classes else []
     theirs = network(x, t, *context).sample

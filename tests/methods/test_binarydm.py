@@ -353,6 +353,8 @@ feature = torch.load(sys.argv[1], weights_only=True)
 own = feature[:1] if rank == 0 else feature[1:]
 bases = {axis: principal_basis(own, 2, axis) for axis in ("channels", "width")}
 torch.save(bases, f"{sys.argv[1]}.{rank}")
+distributed.barrier()  # neither may end while the other still listens to it
+distributed.destroy_process_group()
 """
 
 
