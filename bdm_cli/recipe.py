@@ -567,10 +567,9 @@ def of_run(stored: Recipe, overrides: Sequence[str], like: Recipe | None = None,
     kind, fixed, was, now = stored.method["name"], resolved(stored), resolved(plain), resolved(spec)
     told = {k: v for k, v in stored.overrides.items() if of_training(k, kind)}
     for key in (k for k in now if k.split(".")[0] in AFTER_TRAINING and k not in NEUTRAL):
-        if of_training(key, kind) and now[key] != fixed[key]:
-            told[key.replace("sample", DRAWN, 1)] = now[key]
-        elif not of_training(key, kind) and now[key] != was.get(key):
-            told[key] = now[key]
+        trained = of_training(key, kind)
+        if now[key] != (fixed if trained else was).get(key):
+            told[key.replace("sample", DRAWN, 1) if trained else key] = now[key]
     return spec.model_copy(update={"overrides": told})
 
 

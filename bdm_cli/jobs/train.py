@@ -71,8 +71,7 @@ def rehearse(spec: Recipe, steps: int) -> pd.DataFrame:
     short = {} if post_training else {"steps": steps, "checkpoint_every": steps, "grid_every": 0, "log_every": 1}
     trial = spec.model_copy(update={"train": spec.train.model_copy(update=short)})
     with tempfile.TemporaryDirectory() as folder, places.home_at(folder):
-        built = student.build(trial, seed=0, random_teacher=True)
-        teacher, bare, method = built
+        teacher, bare, method = built = student.build(trial, seed=0, random_teacher=True)
         if post_training:
             device, batches = student.processes().device, random_batches(trial)
             calls = (_to(batches(step), device).inputs for step in itertools.count())
@@ -142,8 +141,6 @@ def random_batches(spec: Recipe, teacher: nn.Module | None = None) -> Batches:
             return Batch(inputs, noise, clean)
         with torch.no_grad():
             return Batch(inputs, estimate_noise(teacher.to(device), *(part.to(device) for part in inputs)))
-
-    return batch
 
     return batch
 

@@ -75,12 +75,12 @@ def _bidm(value: str) -> Variant:
     """k and SPD by themselves stand on the XNOR row, which is "vanilla"."""
     bare = tuple(f"method.{off}" for off in ("threshold=false", "estimator=clipped", "shortcut=false", "connections=0"))
     known = {
-        "vanilla": Variant("Vanilla", method="xnor"),
-        "k": Variant("Learnable k", overrides=(*bare, "method.distillation=none")),
-        "tbs": Variant("TBS", overrides=("method.distillation=none",)),
-        "spd": Variant("SPD", overrides=(*bare, "method.filter=box")),
-        "l2": Variant("TBS and L2", overrides=("method.distillation=l2",)),
-        "bidm": Variant("TBS and SPD (BiDM)"),
+        "vanilla": Variant("Vanilla", "xnor"),
+        "k": Variant("Learnable k", "bidm", (*bare, "method.distillation=none")),
+        "tbs": Variant("TBS", "bidm", ("method.distillation=none",)),
+        "spd": Variant("SPD", "bidm", (*bare, "method.filter=box")),
+        "l2": Variant("TBS and L2", "bidm", ("method.distillation=l2",)),
+        "bidm": Variant("TBS and SPD (BiDM)", "bidm"),
     }
     if value not in known:
         raise unknown("part of BiDM", value, known)
